@@ -9,28 +9,28 @@ Decoding validates every field's type; a message that does not fit raises msgspe
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 import msgspec
 
 from router.sampling_params import SamplingParams
 
 
-class MissingExpertPolicy(str, Enum):
+class MissingExpertPolicy(StrEnum):
     """What to do with a token whose expert cannot be reached (design §4)."""
 
     FAIL = "fail"
     SHARED_ONLY = "shared_only"
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
 
 
-class ErrorCode(str, Enum):
+class ErrorCode(StrEnum):
     """The subset of gRPC's codes that an engine can end a request with."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
@@ -183,11 +183,13 @@ def encode(message: ToEngine | FromEngine | TokenBatch) -> bytes:
 
 
 def decode_to_engine(data: bytes) -> ToEngine:
-    return msgspec.msgpack.decode(data, type=ToEngine)
+    message: ToEngine = msgspec.msgpack.decode(data, type=ToEngine)
+    return message
 
 
 def decode_from_engine(data: bytes) -> FromEngine:
-    return msgspec.msgpack.decode(data, type=FromEngine)
+    message: FromEngine = msgspec.msgpack.decode(data, type=FromEngine)
+    return message
 
 
 def decode_token_batch(data: bytes) -> TokenBatch:

@@ -43,9 +43,7 @@ class SamplingParams:
         self._require("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
         self._require("top_k", self.top_k >= 0, "at least 0")
         self._require("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
-        self._require(
-            "repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "a finite number above 0"
-        )
+        self._require("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "a finite number above 0")
         self._require("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]")
         self._require("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]")
         self._require("seed", 0 <= self.seed <= MAX_SEED, f"in [0, {MAX_SEED}]")
