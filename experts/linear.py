@@ -46,11 +46,13 @@ class PackedLinear:
             return x_RI.new_empty(0, self.out_features)
         if x_RI.shape[0] == 1:
             return self.times(x_RI.expand(2, -1).contiguous(), factor_RO.expand(2, -1).contiguous())[:1]
-        return torch.ops.mkldnn._linear_pointwise.binary(x_RI, factor_RO, self._weight, None, "mul")
+        y_RO: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x_RI, factor_RO, self._weight, None, "mul")
+        return y_RO
 
     def _apply(self, x_RI: torch.Tensor, post_op: str) -> torch.Tensor:
         if x_RI.shape[0] == 0:
             return x_RI.new_empty(0, self.out_features)
         if x_RI.shape[0] == 1:
             return self._apply(x_RI.expand(2, -1).contiguous(), post_op)[:1]
-        return torch.ops.mkldnn._linear_pointwise(x_RI, self._weight, None, post_op, [], "")
+        y_RO: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, self._weight, None, post_op, [], "")
+        return y_RO

@@ -1,0 +1,98 @@
+"""Dispatch and combine: how an MoE layer hands rows to experts and gets them back.
+
+``LocalDispatcher`` is the plain version and the oracle of every other one.
+
+Shapes: T tokens, D model, K top-k, R = T * K routed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from experts.routed_rows import ExpertSpan, RoutedRows, combine_rows, route_rows, tokens_of_rows
+from experts.shard import Shard
+
+
+class Combined(NamedTuple):
+    """The experts' output in the order of the tokens.
+
+    y_TD has x's dtype and device. missing_T is bool [T], true for tokens one of whose experts could not be
+    reached (that expert then adds nothing to y_TD); None when there are none.
+    """
+
+    y_TD: torch.Tensor
+    missing_T: torch.Tensor | None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Handle:
+    """What links a combine to its dispatch. Good for one combine of the dispatcher that made it."""
+
+    layer: int
+    routed: RoutedRows
+    # Result rows in the order of routed.x_RD, allocated before a row is sent and filled by the dispatcher.
+    y_RD: torch.Tensor
+    # Filled by the dispatcher: spans no live shard could answer, requests under way, and sends so far.
+    missing: list[ExpertSpan] = field(default_factory=list)
+    num_pending: int = 0
+    num_attempts: int = 0
+
+
+class Dispatcher(Protocol):
+    """One router rank's way to the experts. Not thread-safe: it belongs to the engine's thread."""
+
+    def begin_step(self, step: int) -> None:
+        """Names the step in what follows; handles of earlier steps are abandoned. Steps must grow."""
+
+    def dispatch(
+        self, layer: int, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_scores_TK: torch.Tensor
+    ) -> Handle:
+        """Scales each routed copy by its score (already through the sigmoid) and sends it; T may be 0.
+
+        Returns when every row has left. Several dispatches of a step, also of one layer, may be open at once.
+        Raises ValueError for shapes that do not fit or an expert that is placed nowhere.
+        """
+
+    def combine(self, handle: Handle) -> Combined:
+        """Waits for the rows and puts them back in place. A lost expert is told in the result, not raised."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+def finish(handle: Handle, device: torch.device) -> Combined:
+    """The result of a handle whose rows have all been answered or given up, on the device of the tokens."""
+    row_of_copy_TK = handle.routed.row_of_copy_TK
+    if not handle.missing:
+        return Combined(combine_rows(handle.y_RD.to(device), row_of_copy_TK), None)
+    for span in handle.missing:
+        handle.y_RD[span.start : span.stop] = 0
+    missing_T = tokens_of_rows(handle.missing, row_of_copy_TK)
+    return Combined(combine_rows(handle.y_RD.to(device), row_of_copy_TK), missing_T)
+
+
+class LocalDispatcher:
+    """Experts in this process: a function call. Every slot of the model must be in the shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+
+    def begin_step(self, step: int) -> None:
+        """Nothing to name: no message leaves the process."""
+
+    def dispatch(
+        self, layer: int, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_scores_TK: torch.Tensor
+    ) -> Handle:
+        routed = route_rows(x_TD, topk_ids_TK, topk_scores_TK)
+        rows_per_expert = [(span.expert, span.stop - span.start) for span in routed.spans]
+        y_RD = self._shard.apply(layer, routed.x_RD, rows_per_expert)
+        return Handle(layer=layer, routed=routed, y_RD=y_RD)
+
+    def combine(self, handle: Handle) -> Combined:
+        return finish(handle, handle.y_RD.device)
+
+    def close(self) -> None:
+        """Holds nothing that needs closing."""

@@ -1,0 +1,119 @@
+"""A shard: the expert weights of one process, and the epochs under which it computes with them.
+
+Shapes: R routed rows, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+
+import torch
+
+from experts.epoch import Epoch
+from experts.load import ExpertLoad
+from experts.mlp import Mlp
+from experts.placement import ShardId, Slot
+
+
+class Refusal(IntEnum):
+    """Why a shard will not compute a request. Values travel on the wire."""
+
+    STALE_EPOCH = 1
+    OTHER_WEIGHTS_VERSION = 2
+    NO_SUCH_SLOT = 3
+
+
+class Shard:
+    """Computes experts. Serves at most MAX_EPOCHS epochs and refuses every other; it never repairs.
+
+    ``serve_epoch`` may be called by another thread than ``apply_expert``: the table of epochs is replaced whole.
+    """
+
+    MAX_EPOCHS = 2
+
+    def __init__(
+        self,
+        *,
+        shard_id: ShardId,
+        slots: Mapping[Slot, Mlp],
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        weights_version: int = 0,
+    ) -> None:
+        """Every Mlp maps [R, hidden_size] to the same shape in dtype on device."""
+        self.shard_id = shard_id
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.weights_version = weights_version
+        self.load = ExpertLoad(slots)
+        self._slots = dict(slots)
+        self._epochs: dict[int, frozenset[Slot]] = {}
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple(sorted(self._slots))
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs served now, oldest first."""
+        return tuple(self._epochs)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(mlp.num_bytes for mlp in self._slots.values())
+
+    def serve_epoch(self, epoch: Epoch) -> None:
+        """Serves the epoch from now on; the oldest one retires if that makes more than MAX_EPOCHS. Idempotent.
+
+        Raises ValueError if the number is below the newest served one, or the weights version or a slot that
+        the epoch places here is not loaded.
+        """
+        mine = frozenset(epoch.placement.slots_by_shard.get(self.shard_id, ()))
+        if self._epochs and epoch.number < max(self._epochs):
+            raise ValueError(f"epoch {epoch.number} is older than the served epoch {max(self._epochs)}")
+        if epoch.weights_version != self.weights_version:
+            raise ValueError(f"weights_version {epoch.weights_version} is not the loaded {self.weights_version}")
+        if missing := mine - self._slots.keys():
+            raise ValueError(f"epoch {epoch.number} places slots that {self.shard_id} lacks: {sorted(missing)}")
+        served = {**self._epochs, epoch.number: mine}
+        self._epochs = dict(sorted(served.items())[-self.MAX_EPOCHS :])
+
+    def retire_epoch(self, number: int) -> None:
+        """Refuses the epoch from now on. Idempotent."""
+        self._epochs = {served: slots for served, slots in self._epochs.items() if served != number}
+
+    def refusal(self, *, epoch: int, weights_version: int, slots: Iterable[Slot]) -> Refusal | None:
+        """Why a request must be refused; None when it may be computed."""
+        placed = self._epochs.get(epoch)
+        if placed is None:
+            return Refusal.STALE_EPOCH
+        if weights_version != self.weights_version:
+            return Refusal.OTHER_WEIGHTS_VERSION
+        return None if placed.issuperset(slots) else Refusal.NO_SUCH_SLOT
+
+    def apply_expert(self, slot: Slot, x_RD: torch.Tensor) -> torch.Tensor:
+        """The expert's output for already scaled rows [R, D] on this shard's device; R may be 0.
+
+        Raises ValueError when the slot is not loaded.
+        """
+        if slot not in self._slots:
+            raise ValueError(f"slot {slot} is not loaded on {self.shard_id}")
+        self.load.add(slot, x_RD.shape[0])
+        return self._slots[slot](x_RD)
+
+    def apply(self, layer: int, x_RD: torch.Tensor, rows_per_expert: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """y_RD for rows grouped by expert: rows_per_expert lists ``(expert, number of rows)`` in row order.
+
+        Raises ValueError when the counts do not add up to R or a slot is not loaded.
+        """
+        counts = [rows for _expert, rows in rows_per_expert]
+        if sum(counts) != x_RD.shape[0]:
+            raise ValueError(f"rows_per_expert adds up to {sum(counts)}, x_RD has {x_RD.shape[0]} rows")
+        y_RD = torch.empty_like(x_RD)
+        pairs = zip(torch.split(x_RD, counts), torch.split(y_RD, counts), strict=True)
+        for (expert, _rows), (x, y) in zip(rows_per_expert, pairs, strict=True):
+            y.copy_(self.apply_expert(Slot(layer, expert), x))
+        return y_RD
