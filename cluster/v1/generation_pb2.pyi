@@ -104,8 +104,8 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """Names the request in logs and on resumption. Drawn by the gateway when empty."""
     seed: _builtins.int
-    """All noise is a function of (seed, choice index, position in the output). Drawn by the gateway when
-    unset, and returned in the first response.
+    """At most 2^63 - 1. All noise is a function of (seed, choice index, position in the output). Drawn by the
+    gateway when unset, and returned in the first response.
     """
     on_missing_expert: Global___OnMissingExpert.ValueType
     """What to do when a token's expert is on no living shard. Unset: the deployment's policy."""
@@ -369,7 +369,9 @@ class SamplingParams(_message.Message):
     frequency_penalty: _builtins.float
     """In [-2, 2]; subtracted from a token's logit for each time it is in the output. Default 0."""
     min_tokens: _builtins.int
-    """End tokens cannot be drawn before this many tokens. Default 0."""
+    """End tokens cannot be drawn before this many tokens. At most max_tokens.
+    Default 0.
+    """
     max_tokens: _builtins.int
     """At least 1; a choice ends after this many tokens. Default 16."""
     ignore_eos: _builtins.bool
@@ -383,7 +385,7 @@ class SamplingParams(_message.Message):
     """The same for the tokens of the prompt. Such a request takes no cached prefix."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these token ids."""
+        """In [-100, 100]; added to the logits of these token ids."""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -542,13 +544,10 @@ class TokenLogprobs(_message.Message):
 
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
-    RANK_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     logprob: _builtins.float
-    rank: _builtins.int
-    """1 for the most likely token of the vocabulary."""
     @_builtins.property
     def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The most likely tokens, best first; entry i of both lists belongs together."""
@@ -560,17 +559,14 @@ class TokenLogprobs(_message.Message):
         *,
         token_id: _builtins.int = ...,
         logprob: _builtins.float = ...,
-        rank: _builtins.int | None = ...,
         top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "logprob", b"logprob", "rank", b"rank", "token_id", b"token_id", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
-    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
 

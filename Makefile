@@ -1,0 +1,74 @@
+# Every target does its own set-up: a machine with python3 (3.11 or newer), make and git is enough.
+#
+#   make demo    a small service on this machine: make a checkpoint, serve it, stream answers
+#   make test    lint and all tests
+#   make venv    only the virtual environment .venv
+#   make lint    ruff, mypy, import-linter, and whether the generated stubs are up to date
+#   make format  let ruff correct and format the code
+#   make proto   generate cluster/v1 from proto/
+#   make clean   remove the virtual environments and all caches
+
+PYTHON ?= python3
+VENV := .venv
+PROTO_VENV := .venv-proto
+BIN := $(VENV)/bin
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test pytest venv lint format proto proto-check clean
+
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@sed -n 's/^#  //p' Makefile
+
+demo: venv
+	$(BIN)/python -m cluster.commands.demo
+
+test: lint pytest
+
+# A local ray.init() of Ray >= 2.59 turns token authentication on behind one's back; tests say what they want.
+pytest: export RAY_AUTH_MODE := disabled
+pytest: venv
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: venv proto-check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# A virtual environment whose interpreter is gone is made anew.
+venv:
+	@if [ -e $(VENV) ] && ! $(BIN)/python -c '' 2>/dev/null; then rm -rf $(VENV); fi
+	@$(MAKE) --no-print-directory $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@scripts/make-venv.sh $(PYTHON) $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(PROTO_VENV)/.installed: proto/requirements.txt
+	@scripts/make-venv.sh $(PYTHON) $(PROTO_VENV)
+	$(PROTO_VENV)/bin/pip install --quiet --requirement proto/requirements.txt
+	@touch $@
+
+proto: $(PROTO_VENV)/.installed
+	proto/generate.sh $(PROTO_VENV) .
+
+proto-check: $(PROTO_VENV)/.installed
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	proto/generate.sh $(PROTO_VENV) "$$out"; touch "$$out/cluster/v1/__init__.py"; \
+	diff --recursive --exclude=__pycache__ "$$out/cluster/v1" cluster/v1 \
+	  || { echo 'cluster/v1 is not what proto/ generates: run make proto' >&2; exit 1; }
+
+clean:
+	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
