@@ -1,0 +1,160 @@
+"""The one definition of what a service can be told: the flags of `arriero serve`, its YAML file, and the `args`
+of `serve deploy` are all this class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+MAX_PORT = 65535
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names each key and what it should be."""
+
+
+class ServiceConfig(BaseModel):
+    """Everything about one service that its operator decides. Every field's description is its help text.
+
+    None means that the service decides, from the checkpoint and the machine.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    model: str = Field(min_length=1, description="Checkpoint folder, or the id of a model on the Hugging Face hub.")
+    app_name: str = Field("arriero", description="Name of the Serve application; two names can share a cluster.")
+
+    shards: int = Field(2, ge=0, description="Expert shard processes. 0: the experts live in each router process.")
+    routers: int = Field(1, ge=1, description="Router processes: attention, KV cache, scheduler and sampler.")
+    gateways: int = Field(1, ge=1, description="Gateway processes: the gRPC and HTTP surface, the tokenizer.")
+    copies: int = Field(1, ge=1, description="Shards that hold each expert. At most the number of shards.")
+
+    http_host: str = Field("127.0.0.1", description="Interface on which HTTP listens.")
+    http_port: int = Field(8000, ge=1, le=MAX_PORT, description="Port of HTTP.")
+    grpc_port: int = Field(9000, ge=1, le=MAX_PORT, description="Port of gRPC.")
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of weights and KV cache. auto: as the checkpoint says."
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where routers and shards compute. cuda is unmeasured.")
+    max_model_len: int | None = Field(
+        None, ge=2, description="Longest sequence, prompt and output together, in tokens. Default: what the model "
+        "was made for, but at most 8192.",
+    )  # fmt: skip
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Tokens that one step of a router may compute.")
+    max_num_seqs: int = Field(
+        64, ge=1, description="Sequences that one step of a router may advance; never more than its tokens."
+    )
+    max_queued_requests: int = Field(
+        256, ge=0, description="Requests that may wait at each gateway once all routers are full; more are refused."
+    )
+    num_kv_blocks: int | None = Field(
+        None, ge=1, description="KV cache blocks of each router. Default: what fits in the memory at hand."
+    )
+    block_size: int | None = Field(
+        None, ge=1, description="Tokens of a KV cache block; must divide the model's attention chunk. Default: the "
+        "largest divisor up to 16.",
+    )  # fmt: skip
+    seed: int | None = Field(
+        None, ge=0, description="Makes the seeds reproducible that gateways draw for requests without one."
+    )
+    max_logprobs: int = Field(20, ge=0, description="Most likely tokens per position that a request may ask for.")
+    max_choices: int = Field(64, ge=1, description="Choices (n) that one request may ask for.")
+    max_request_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request, in bytes.")
+    stream_interval_ms: int = Field(
+        20, ge=0, description="After the first token a stream gets at most one message in this time. 0: every step."
+    )
+
+    on_missing_expert: Literal["fail", "shared_only"] = Field(
+        "fail", description="When no living shard has an expert. fail: end the request with UNAVAILABLE. "
+        "shared_only: go on with the shared expert alone and flag the response.",
+    )  # fmt: skip
+    lane_timeout_s: float = Field(
+        30.0, gt=0, description="How long a router waits for a shard's answer before it takes the shard for lost."
+    )
+    resubmit_timeout_s: float = Field(
+        60.0, gt=0, description="How long a gateway looks for another router when a request's own is lost."
+    )
+    start_timeout_s: float = Field(
+        1800.0, gt=0, description="How long placing a process and loading its weights may take."
+    )
+    drain_timeout_s: float = Field(
+        120.0, gt=0, description="How long open requests may go on when the service or a process is told to stop."
+    )
+    heartbeat_s: float = Field(0.5, gt=0, le=5, description="Time between two looks at each process.")
+    app_gone_s: float = Field(
+        30.0, ge=0, description="How long the application must be gone from Serve before the shards are removed."
+    )
+
+    router_threads: int | None = Field(
+        None, ge=1, description="CPU threads of each router. Default: the machine's cores shared out evenly."
+    )
+    shard_threads: int | None = Field(
+        None, ge=1, description="CPU threads of each shard. Default: the machine's cores shared out evenly."
+    )
+    gateway_num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray sets aside for each gateway.")
+    router_num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray sets aside for each router.")
+    shard_num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray sets aside for each shard.")
+
+    @field_validator("app_name")
+    @classmethod
+    def _check_app_name(cls, value: str) -> str:
+        if not APP_NAME.fullmatch(value):
+            raise ValueError("must be 1 to 63 letters, digits, '_', '.' or '-', the first a letter or digit")
+        return value
+
+    @field_validator("on_missing_expert", mode="before")
+    @classmethod
+    def _check_policy(cls, value: object) -> object:
+        if value == "wait":
+            raise ValueError("'wait' comes with failover, which this version does not have: use fail or shared_only")
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.copies > max(1, self.shards):
+            raise ValueError(f"copies must be at most shards ({self.shards}), not {self.copies}")
+        if self.http_port == self.grpc_port:
+            raise ValueError(f"grpc_port must differ from http_port, both are {self.grpc_port}")
+        return self
+
+
+def parse_config(values: Mapping[str, Any]) -> ServiceConfig:
+    """Raises ConfigError naming every key that is unknown, missing or wrong."""
+    try:
+        return ServiceConfig(**values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(detail) for detail in error.errors())) from None
+
+
+def _sentence(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key"
+        case "missing":
+            return f"{key}: required"
+        case "value_error":
+            reason = str(detail["ctx"]["error"])
+            return f"{key}: {reason}" if key else reason
+        case _:
+            return f"{key}: {detail['msg']}, not {detail['input']!r}"
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file, not yet checked: flags may still be added. Raises ConfigError, OSError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} must be a mapping of keys to values")
+    return values

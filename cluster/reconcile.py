@@ -1,0 +1,66 @@
+"""What the controller should do next, decided from what it knows. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from cluster.config import ServiceConfig
+from experts.placement import ShardId
+
+# What may change from one start of the application to the next without touching the shards.
+KEYS_OF_FRONT = frozenset(
+    {
+        "gateways", "routers", "http_host", "http_port", "grpc_port", "max_model_len", "max_num_batched_tokens",
+        "max_num_seqs", "max_queued_requests", "num_kv_blocks", "block_size", "seed", "max_logprobs", "max_choices",
+        "max_request_bytes", "stream_interval_ms", "on_missing_expert", "lane_timeout_s", "resubmit_timeout_s",
+        "router_threads", "gateway_num_cpus", "router_num_cpus",
+    }
+)  # fmt: skip
+
+
+def shard_ids(count: int, incarnation: str) -> tuple[ShardId, ...]:
+    """Names of the shards of one start; incarnation is fresh for each, so that no name is ever used twice."""
+    return tuple(ShardId(f"shard-{index}-{incarnation}") for index in range(count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    adopt: tuple[ShardId, ...]
+    create: tuple[ShardId, ...]
+
+
+def plan_shards(*, desired: Sequence[ShardId], living: Collection[ShardId], served: Collection[ShardId]) -> ShardPlan:
+    """After a controller's start: shards that live are adopted, those that were never made are created.
+
+    served: members of the epoch in force. Such a shard that lives no more is neither: its weights were lost
+    after it had served, and only another epoch may give its slots a new home.
+    """
+    return ShardPlan(
+        adopt=tuple(shard for shard in desired if shard in living),
+        create=tuple(shard for shard in desired if shard not in living and shard not in served),
+    )
+
+
+def shard_changes(running: ServiceConfig, wanted: ServiceConfig) -> tuple[str, ...]:
+    """The keys in which two configurations need different shards."""
+    old, new = running.model_dump(), wanted.model_dump()
+    return tuple(key for key in sorted(old) if key not in KEYS_OF_FRONT and old[key] != new[key])
+
+
+class AppWatch:
+    """Tells when the application has been gone from Serve for long enough to remove what belongs to it."""
+
+    def __init__(self, *, gone_after_s: float) -> None:
+        self._gone_after_s = gone_after_s
+        self._absent_since_s: float | None = None
+
+    def note(self, *, present: bool | None, now_s: float) -> bool:
+        """True when it is time. present: None when Serve could not be asked, which proves nothing either way."""
+        if present:
+            self._absent_since_s = None
+        elif present is False and self._absent_since_s is None:
+            self._absent_since_s = now_s
+        return (
+            present is False and self._absent_since_s is not None and now_s - self._absent_since_s >= self._gone_after_s
+        )
