@@ -10,6 +10,7 @@ Decoding validates every field's type; a message that does not fit raises msgspe
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -40,7 +41,7 @@ class ErrorCode(StrEnum):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One choice of one client request, as the engine takes it.
+    """One choice of one client request, as the engine takes it. Each choice has a request_id of its own.
 
     resume_ids are output tokens the client already holds: they count as output (penalties, max_tokens, noise
     position) but are not sent again. attempt numbers the submissions of one request_id; outputs carry it, so
@@ -88,7 +89,11 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the engine, sent as a heartbeat."""
+    """A snapshot of the engine between two steps.
+
+    num_waiting_tokens: tokens that waiting and running sequences still have to compute before they can sample.
+    Blocks are by group, "global" and "local". expert_load: (layer, expert, tokens routed there).
+    """
 
     num_running: int
     num_waiting: int
@@ -106,10 +111,32 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """All outputs of one step for one gateway."""
+    """The outputs of one step for one gateway."""
 
     router_id: str
     outputs: list[SequenceOutput]
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an operator decides about one engine. None: decided from the checkpoint and the memory at hand.
+
+    num_threads are torch's. kv_memory_share is the part of the memory that is free once the weights are loaded
+    that the KV cache may take when num_kv_blocks does not say. lane_timeout_s bounds the wait for one shard.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    num_threads: int | None = None
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 64
+    max_logprobs: int = 20
+    block_size: int | None = None
+    num_kv_blocks: int | None = None
+    kv_memory_share: float | None = None
+    on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.FAIL
+    lane_timeout_s: float = 30.0
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -117,21 +144,10 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     experts live in the engine process itself. secret opens lanes and token links."""
 
     router_id: str
-    model: str
-    dtype: str
-    device: str
-    num_threads: int
-    max_model_len: int
-    max_num_batched_tokens: int
-    max_num_seqs: int
-    max_logprobs: int
-    block_size: int | None
-    num_kv_blocks: int | None
-    on_missing_expert: MissingExpertPolicy
-    lane_timeout_s: float
-    weights_version: int
+    settings: EngineSettings
     secret: bytes
-    epoch: dict[str, object] | None
+    weights_version: int
+    epoch: dict[str, Any] | None
 
 
 class Add(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -148,9 +164,10 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The engine serves. capacity is a sentence for the log: what fits in the KV cache."""
+    """The engine serves sequences of up to max_model_len tokens. capacity is a sentence for the log."""
 
     pid: int
+    max_model_len: int
     capacity: str
 
 
@@ -161,7 +178,9 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A request has ended; its last outputs went to the gateway before this was sent."""
+    """A request has ended. Its last TokenBatch was handed to the gateway's connection before this went to the
+    pipe, yet the two travel apart and this may arrive first: only the finish_reason in the token stream ends it.
+    """
 
     request_id: str
     attempt: int
@@ -171,14 +190,18 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Sent every second, from a thread of its own. step_s is how long the step under way has taken so far, 0
+    between steps: stats.num_steps that stands still while step_s grows is a step that hangs."""
+
     stats: EngineStats
+    step_s: float
 
 
 ToEngine = Start | Add | Abort | Shutdown
 FromEngine = Ready | Failed | Finished | Heartbeat
 
 
-def encode(message: ToEngine | FromEngine | TokenBatch) -> bytes:
+def encode(message: ToEngine | FromEngine | TokenBatch | GenerateRequest) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
@@ -190,6 +213,14 @@ def decode_to_engine(data: bytes) -> ToEngine:
 def decode_from_engine(data: bytes) -> FromEngine:
     message: FromEngine = msgspec.msgpack.decode(data, type=FromEngine)
     return message
+
+
+def decode_request(data: bytes) -> GenerateRequest:
+    return msgspec.msgpack.decode(data, type=GenerateRequest)
+
+
+def decode_finished(data: bytes) -> Finished:
+    return msgspec.msgpack.decode(data, type=Finished)
 
 
 def decode_token_batch(data: bytes) -> TokenBatch:
