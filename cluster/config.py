@@ -64,7 +64,9 @@ class ServiceConfig(BaseModel):
     seed: int | None = Field(
         None, ge=0, description="Makes the seeds reproducible that gateways draw for requests without one."
     )
-    max_logprobs: int = Field(20, ge=0, description="Most likely tokens per position that a request may ask for.")
+    max_logprobs: int = Field(
+        20, ge=-1, description="Most likely tokens per position that a request may ask for. -1: the whole vocabulary."
+    )
     max_choices: int = Field(64, ge=1, description="Choices (n) that one request may ask for.")
     max_request_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request, in bytes.")
     stream_interval_ms: int = Field(
