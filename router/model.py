@@ -1,0 +1,102 @@
+"""The Llama 4 text model over a step's batch: embeddings, decoder layers, logits (llama4.md §2).
+
+Shapes: T tokens of the step, D model, L rows that want logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from experts.dispatch import Dispatcher
+from experts.mlp import Mlp
+from router.attention import AttentionLayer, PositionFactors, temperature
+from router.attention_plan import AttentionPlan
+from router.batch import Batch
+from router.config import ModelConfig
+from router.gating import Gate
+from router.kv_cache import KvCache, LayerKv
+from router.moe import MoeLayer
+from router.norm import rms_norm
+from router.rope import inverse_frequencies, rotation
+from router.weights import LayerWeights, ModelWeights
+
+
+class ForwardResult(NamedTuple):
+    logits_LV: torch.Tensor
+    """float32."""
+    missing_T: torch.Tensor | None
+    """bool: tokens that went without one of their routed experts in some layer; None when there are none."""
+
+
+class Llama4Model:
+    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+        self.config = config
+        self.weights = weights
+        self.device = weights.embedding_VD.device
+        self._inverse_frequencies_J = inverse_frequencies(config.rope, config.head_dim, self.device)
+        self._layers = tuple(_DecoderLayer(config, index, layer) for index, layer in enumerate(weights.layers))
+
+    def forward(self, batch: Batch, kv: KvCache, dispatcher: Dispatcher) -> ForwardResult:
+        """Computes every token of the batch, storing its keys and values. begin_step is the caller's."""
+        x_TD = self._embed(batch)
+        factors = self._position_factors(batch)
+        missing_T: torch.Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            plan = batch.local_plan if self.config.rope_layers[index] else batch.global_plan
+            x_TD, layer_missing_T = layer(x_TD, factors, kv.layer(index), plan, dispatcher)
+            missing_T = _either(missing_T, layer_missing_T)
+        return ForwardResult(self._logits(x_TD, batch), missing_T)
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
+        x_TD = self.weights.embedding_VD.index_select(0, batch.token_ids_T)
+        if batch.embeddings is not None:
+            x_TD[batch.embeddings.rows_M] = batch.embeddings.values_MD.to(x_TD.dtype)
+        return x_TD
+
+    def _position_factors(self, batch: Batch) -> PositionFactors:
+        return PositionFactors(
+            rotation(batch.rope_positions_T, self._inverse_frequencies_J),
+            temperature(batch.positions_T, self.config)[:, None, None],
+        )
+
+    def _logits(self, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        x_LD = x_TD.index_select(0, batch.logit_rows_L)
+        return self.weights.lm_head_VD(rms_norm(x_LD, self.weights.norm_D, self.config.rms_norm_eps)).float()
+
+
+class _DecoderLayer:
+    def __init__(self, config: ModelConfig, index: int, weights: LayerWeights) -> None:
+        self._eps = config.rms_norm_eps
+        self._weights = weights
+        self._attention = AttentionLayer(config, weights.attention, is_local=config.rope_layers[index])
+        self._feed_forward: Mlp | MoeLayer
+        if isinstance(weights.feed_forward, Mlp):
+            self._feed_forward = weights.feed_forward
+        else:
+            moe = weights.feed_forward
+            self._feed_forward = MoeLayer(index, Gate(moe.gate_ED, config.num_experts_per_tok), moe.shared_expert)
+
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        factors: PositionFactors,
+        kv: LayerKv,
+        plan: AttentionPlan,
+        dispatcher: Dispatcher,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's output and, of an MoE layer, which tokens missed an expert."""
+        normed_TD = rms_norm(x_TD, self._weights.input_norm_D, self._eps)
+        x_TD = x_TD + self._attention(normed_TD, factors, kv, plan)
+        normed_TD = rms_norm(x_TD, self._weights.post_attention_norm_D, self._eps)
+        if isinstance(self._feed_forward, Mlp):
+            return x_TD + self._feed_forward(normed_TD), None
+        combined = self._feed_forward(normed_TD, dispatcher)
+        return x_TD + combined.y_TD, combined.missing_T
+
+
+def _either(first_T: torch.Tensor | None, second_T: torch.Tensor | None) -> torch.Tensor | None:
+    if first_T is None or second_T is None:
+        return second_T if first_T is None else first_T
+    return first_T | second_T
