@@ -1,0 +1,62 @@
+"""The command `arriero`. Each subcommand is a module that is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Protocol, cast
+
+COMMANDS = {
+    "serve": "serve a model over gRPC until Ctrl-C",
+    "generate": "answer one prompt in this process, without a server",
+    "checkpoint": "make checkpoints with random weights to try things on",
+    "status": "show the members, expert shards and load of a running service",
+}
+
+
+class Command(Protocol):
+    """What a module of cluster.commands offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Returns the exit code. Raises ValueError or OSError for what the caller can put right."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 is the caller's mistake, said in one line on stderr; 1 is ours or the machine's."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = next((word for word in argv if word in COMMANDS), None)
+    command = None if name is None else load_command(name)
+    parser = argparse.ArgumentParser(prog="arriero", description="Serve Llama 4 class mixture-of-experts models.")
+    parser.add_argument("--version", action="version", version=f"arriero {version('arriero')}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for each, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(each, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if command is not None and each == name:
+            command.add_arguments(subparser)
+    arguments = parser.parse_args(argv)
+    assert command is not None, "argparse lets only known commands through"
+    return _run(command, arguments)
+
+
+def load_command(name: str) -> Command:
+    return cast("Command", import_module(f"cluster.commands.{name}"))
+
+
+def _run(command: Command, arguments: argparse.Namespace) -> int:
+    try:
+        return command.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"arriero {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

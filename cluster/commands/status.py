@@ -1,0 +1,100 @@
+"""`arriero status`: asks the AdminService of a running service what it consists of. Imports neither Ray nor torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grpc
+
+from cluster.token_file import find_record, state_folder
+from cluster.v1 import admin_pb2, admin_pb2_grpc
+
+TIMEOUT_S = 5.0
+TOKEN_ENV = "ARRIERO_ADMIN_TOKEN"
+NUM_HOTTEST = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="gRPC address of the service. Default: the one started last on this machine. The admin token comes "
+        f"from the service's file in {state_folder()} or from ${TOKEN_ENV}.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    address, token = find_service(arguments.address)
+    try:
+        view = get_view(address, token)
+    except grpc.RpcError as error:
+        print(f"arriero status: {address}: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    print(json.dumps(view_to_json(view)) if arguments.json else view_to_table(address, view))
+    return 0
+
+
+def find_service(address: str | None) -> tuple[str, str]:
+    """(address, admin token). Raises FileNotFoundError where no service of this machine is known."""
+    token = os.environ.get(TOKEN_ENV)
+    if token is not None and address is not None:
+        return address, token
+    record = find_record(state_folder(), address)
+    return record.grpc_address, record.admin_token if token is None else token
+
+
+def get_view(address: str, token: str) -> admin_pb2.GetViewResponse:
+    """Raises grpc.RpcError, within TIMEOUT_S."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        response: admin_pb2.GetViewResponse = admin_pb2_grpc.AdminServiceStub(channel).GetView(
+            admin_pb2.GetViewRequest(), timeout=TIMEOUT_S, metadata=(("authorization", f"Bearer {token}"),)
+        )
+    return response
+
+
+def view_to_json(view: admin_pb2.GetViewResponse) -> dict[str, Any]:
+    return {
+        "epoch": view.epoch,
+        "controller": _member(view.controller),
+        "gateways": [_member(member) for member in view.gateways],
+        "routers": [_member(member) for member in view.routers],
+        "shards": [
+            _member(shard.member) | {"slots": [[slot.layer, slot.expert] for slot in shard.slots]}
+            for shard in view.shards
+        ],
+        "load": [[load.layer, load.expert, load.tokens] for load in view.load],
+    }
+
+
+def _member(member: admin_pb2.Member) -> dict[str, Any]:
+    return {"id": member.id, "pid": member.pid, "node": member.node, "state": member.state}
+
+
+def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
+    tokens = {(load.layer, load.expert): load.tokens for load in view.load}
+    rows = [("ROLE", "ID", "PID", "NODE", "STATE", "EXPERTS", "TOKENS")]
+    rows += [_row("controller", view.controller)]
+    rows += [_row("gateway", member) for member in view.gateways]
+    rows += [_row("router", member) for member in view.routers]
+    for shard in view.shards:
+        routed = sum(tokens.get((slot.layer, slot.expert), 0) for slot in shard.slots)
+        rows += [_row("shard", shard.member, str(len(shard.slots)), str(routed))]
+    hottest = sorted(view.load, key=lambda load: -load.tokens)[:NUM_HOTTEST]
+    load = ", ".join(f"layer {each.layer} expert {each.expert}: {each.tokens}" for each in hottest if each.tokens)
+    return "\n".join([f"{address}  epoch {view.epoch}", *_align(rows), f"most used: {load or 'nothing yet'}"])
+
+
+def _row(role: str, member: admin_pb2.Member, experts: str = "", tokens: str = "") -> tuple[str, ...]:
+    return role, member.id, str(member.pid), member.node[:12], member.state, experts, tokens
+
+
+def _align(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
