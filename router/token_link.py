@@ -1,0 +1,176 @@
+"""One gateway's end of the token path, seen from the engine process: a connection that never blocks a step."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from experts.opening import CHALLENGE_BYTES, OpeningError
+from router.token_opening import LENGTH, WELCOME_BYTES, check_welcome, make_answer
+
+_FLUSH_POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLimits:
+    """connect_timeout_s: connecting and opening. stall_timeout_s: how long a gateway may take nothing while bytes
+    wait for it. max_backlog_bytes: how many may wait before a further batch finds the gateway too slow."""
+
+    connect_timeout_s: float = 5.0
+    stall_timeout_s: float = 10.0
+    max_backlog_bytes: int = 32 << 20
+
+
+class TokenLink:
+    """Opens in a thread of its own; all else happens in the caller's thread, without waiting.
+
+    ``lost`` says why the link is of no use any more, None while it is: there is no silent reconnect, as the
+    gateway would not know which batches are missing.
+    """
+
+    def __init__(self, address: str, *, router_id: str, secret: bytes, limits: LinkLimits) -> None:
+        """address is "host:port". Raises ValueError if it is not."""
+        host, port = _split_address(address)
+        self.address = address
+        self.lost: str | None = None
+        self._limits = limits
+        self._backlog: deque[memoryview] = deque()
+        self._backlog_bytes = 0
+        self._last_progress = time.monotonic()
+        # Filled by the opening thread, one or the other, as the last thing it does.
+        self._socket: socket.socket | None = None
+        self._opening_error: str | None = None
+        thread = threading.Thread(
+            target=self._open, args=(host, port, router_id, secret), name=f"open {address}", daemon=True
+        )
+        thread.start()
+
+    @property
+    def has_backlog(self) -> bool:
+        return bool(self._backlog)
+
+    def send(self, batch: bytes) -> None:
+        """Queues one encoded TokenBatch and sends what the socket takes now."""
+        if self.lost is not None:
+            return
+        if self._backlog_bytes > self._limits.max_backlog_bytes:
+            self._lose(f"does not read its tokens: {self._backlog_bytes} bytes wait")
+            return
+        if not self._backlog:
+            self._last_progress = time.monotonic()
+        message = LENGTH.pack(len(batch)) + batch
+        self._backlog.append(memoryview(message))
+        self._backlog_bytes += len(message)
+        self.poll()
+
+    def poll(self) -> None:
+        """Sends what the socket takes now; notices a gateway that is gone or has stopped reading."""
+        if self.lost is not None:
+            return
+        if self._opening_error is not None:
+            self._lose(self._opening_error)
+        elif self._socket is not None:
+            self._advance(self._socket)
+
+    def close(self, timeout_s: float) -> None:
+        """Hangs up once all is sent, at the latest after timeout_s. Idempotent."""
+        deadline = time.monotonic() + timeout_s
+        while self._backlog and self.lost is None and time.monotonic() < deadline:
+            time.sleep(_FLUSH_POLL_S)
+            self.poll()
+        if self.lost is None:
+            self._lose("closed")
+
+    def _advance(self, sock: socket.socket) -> None:
+        try:
+            self._flush(sock)
+            gone = _is_readable(sock)
+        except OSError as error:
+            self._lose(f"sending failed: {error}")
+            return
+        if gone:
+            self._lose("hung up")
+        elif self._backlog and time.monotonic() - self._last_progress > self._limits.stall_timeout_s:
+            self._lose(f"has read nothing for {self._limits.stall_timeout_s} s")
+
+    def _flush(self, sock: socket.socket) -> None:
+        while self._backlog:
+            first = self._backlog[0]
+            try:
+                num_sent = sock.send(first)
+            except BlockingIOError:
+                return
+            self._last_progress = time.monotonic()
+            self._backlog_bytes -= num_sent
+            if num_sent == len(first):
+                self._backlog.popleft()
+            else:
+                self._backlog[0] = first[num_sent:]
+
+    def _lose(self, reason: str) -> None:
+        self.lost = f"gateway {self.address} {reason}"
+        self._backlog.clear()
+        self._backlog_bytes = 0
+        if self._socket is not None:
+            self._socket.close()
+
+    def _open(self, host: str, port: int, router_id: str, secret: bytes) -> None:
+        deadline = time.monotonic() + self._limits.connect_timeout_s
+        sock: socket.socket | None = None
+        try:
+            sock = socket.create_connection((host, port), timeout=self._limits.connect_timeout_s)
+            self._introduce(sock, router_id, secret, deadline)
+        except (OSError, OpeningError) as error:
+            if sock is not None:
+                sock.close()
+            self._opening_error = f"could not be reached: {error}"
+            return
+        self._socket = sock
+        if self.lost is not None:  # closed meanwhile, by a thread that may not have seen the socket yet
+            with contextlib.suppress(OSError):
+                sock.close()
+
+    def _introduce(self, sock: socket.socket, router_id: str, secret: bytes, deadline: float) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._limits.stall_timeout_s * 1000))
+        challenge = _read_exactly(sock, CHALLENGE_BYTES, deadline)
+        answer = make_answer(challenge, secret=secret, address=self.address, router_id=router_id)
+        sock.sendall(answer)
+        welcome = _read_exactly(sock, WELCOME_BYTES, deadline)
+        check_welcome(welcome, challenge=challenge, answer=answer, secret=secret)
+        sock.setblocking(False)
+
+
+def _split_address(address: str) -> tuple[str, int]:
+    host, _colon, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"return_address must be host:port, not {address!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    """A gateway never speaks after its welcome, so anything to read is its end. Raises OSError."""
+    try:
+        sock.recv(1)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
+    received = b""
+    while len(received) < num_bytes:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(remaining)
+        chunk = sock.recv(num_bytes - len(received))
+        if not chunk:
+            raise ConnectionResetError("closed before the welcome (another cluster's secret?)")
+        received += chunk
+    return received
