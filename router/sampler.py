@@ -1,0 +1,126 @@
+"""From logits to the next token of each sequence, in vLLM v1's order:
+
+ 1. log probabilities, when asked for, of the raw logits
+ 2. the sequence's token mask (structured output)
+ 3. min_tokens: end tokens are banned until there are enough; then logit_bias
+ 4. penalties: repetition over prompt and output, frequency and presence over the output
+ 5. temperature 0: the most likely token, and done
+ 6. temperature; then min_p, top_k and top_p, each on what the one before it has left, renormalised
+ 7. one draw: the first token, in id order, at which the cumulative probability passes the position's uniform number
+
+Each truncation of step 6 keeps the tokens at least as likely as a threshold, so tokens exactly as likely as the
+last one kept stay in. Every operation treats a row by itself, so a row's token depends on no other row.
+
+Legend: L logit rows, R rows that are drawn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from router.logprobs import token_logprobs
+from router.messages import TokenLogprobs
+from router.noise import uniform
+from router.sampling_state import SamplingState
+
+# A nucleus is looked for among this many most likely tokens first: sorting a whole large vocabulary costs more.
+_NUCLEUS_GUESS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One row's token; logprobs when the sequence asked for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+def sample(logits_LV: torch.Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
+    """The next token of each sequence from its row of logits_LV, float32, which is left as it was."""
+    token_ids = _choose(logits_LV, states)
+    logprobs = _logprobs(logits_LV, states, token_ids)
+    return [Sampled(token_id=t, logprobs=logprobs.get(row)) for row, t in enumerate(token_ids)]
+
+
+def _choose(logits_LV: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
+    """Steps 2 to 7. All greedy and nothing to adjust, the common case, is one argmax."""
+    adjusted = [row for row, state in enumerate(states) if state.changes_logits]
+    if adjusted:
+        logits_LV = logits_LV.clone()
+    for row in adjusted:
+        states[row].adjust(logits_LV[row])
+    token_ids: list[int] = logits_LV.argmax(dim=-1).tolist()
+    drawn = [row for row, state in enumerate(states) if not state.params.is_greedy]
+    if drawn:
+        drawn_ids = _draw(logits_LV[drawn], [states[row] for row in drawn])
+        for row, token_id in zip(drawn, drawn_ids, strict=True):
+            token_ids[row] = token_id
+    return token_ids
+
+
+def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
+    """Steps 6 and 7."""
+    temperature_R = _column(logits_RV, [state.params.temperature for state in states])
+    probs_RV = torch.softmax(logits_RV / temperature_R, dim=-1)
+    for probs_V, state in zip(probs_RV, states, strict=True):
+        _truncate(probs_V, state)
+    cumulative_RV = probs_RV.to(torch.float64).cumsum(dim=-1)
+    noise_R1 = _column(cumulative_RV, [_noise(state) for state in states])
+    # The draw lies strictly below the total, so the first cumulative value above it exists and its token has mass.
+    chosen_R1 = torch.searchsorted(cumulative_RV, noise_R1 * cumulative_RV[:, -1:], right=True)
+    token_ids: list[int] = chosen_R1.squeeze(1).tolist()
+    return token_ids
+
+
+def _noise(state: SamplingState) -> float:
+    params = state.params
+    return uniform(seed=params.seed, choice_index=params.choice_index, position=state.num_output_tokens)
+
+
+def _truncate(probs_V: torch.Tensor, state: SamplingState) -> None:
+    """min_p, top_k, top_p in place: what is cut has probability 0, the rest is not rescaled."""
+    params = state.params
+    if params.min_p > 0.0:
+        _keep_from(probs_V, params.min_p * probs_V.max())
+    if 0 < params.top_k < probs_V.shape[0]:
+        _keep_from(probs_V, probs_V.topk(params.top_k).values[-1])
+    if params.top_p < 1.0:
+        _keep_from(probs_V, _nucleus_threshold(probs_V, params.top_p))
+
+
+def _keep_from(probs_V: torch.Tensor, threshold: torch.Tensor) -> None:
+    probs_V.masked_fill_(probs_V < threshold, 0.0)
+
+
+def _nucleus_threshold(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The probability of the last token of the smallest most likely set with at least top_p of the mass."""
+    wanted = top_p * probs_V.sum(dtype=torch.float64)
+    most_likely = probs_V.topk(min(_NUCLEUS_GUESS, probs_V.shape[0])).values
+    if most_likely.sum(dtype=torch.float64) < wanted:
+        most_likely = probs_V.sort(descending=True).values
+    mass_before = most_likely.to(torch.float64).cumsum(dim=0) - most_likely
+    num_kept = int((mass_before < wanted).sum())
+    return most_likely[max(num_kept, 1) - 1]
+
+
+def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+
+
+def _logprobs(
+    logits_LV: torch.Tensor, states: Sequence[SamplingState], token_ids: Sequence[int]
+) -> dict[int, TokenLogprobs]:
+    """Step 1, by row. Rows that want equally many alternatives go together, so ties never depend on other rows."""
+    rows_by_num_top: defaultdict[int, list[int]] = defaultdict(list)
+    for row, state in enumerate(states):
+        if state.params.num_logprobs is not None:
+            rows_by_num_top[state.params.num_logprobs].append(row)
+    found: dict[int, TokenLogprobs] = {}
+    for num_top, rows in rows_by_num_top.items():
+        entries = token_logprobs(logits_LV[rows], [token_ids[row] for row in rows], num_top)
+        found.update(zip(rows, entries, strict=True))
+    return found

@@ -1,0 +1,153 @@
+"""Who computes how many tokens in the next step: decisions only, no tensors.
+
+There is no prefill phase and no decode phase. Every sequence has num_computed_tokens, every step a budget of
+tokens, and a sequence that lags behind its own tokens is given some: the chunk of a long prompt, the one token of
+a decode and the recomputation after a preemption are the same thing.
+
+First come, first served: running sequences before waiting ones, older before younger in both. When blocks run out
+the youngest running sequence gives all its blocks back and waits, at the head, to be recomputed. So the oldest
+sequence is never in the way of anything but itself and always moves on; as it fits alone (the engine refuses what
+does not), every sequence ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from router.block_manager import BlockManager
+from router.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledSlice:
+    """The next num_tokens, at least 1, of a sequence's uncomputed tokens. Their blocks are in its tables."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's last token, so that the next can be sampled."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+class Scheduler:
+    """Owns the order of the sequences and, through the block manager, their blocks."""
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_prompt_logprob_rows: int,
+    ) -> None:
+        """max_prompt_logprob_rows bounds the prompt logits, one vocabulary per row, that a sequence asks of a step."""
+        self._block_manager = block_manager
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._max_prompt_logprob_rows = max_prompt_logprob_rows
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_sequences(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    @property
+    def running(self) -> Iterable[Sequence]:
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> Iterable[Sequence]:
+        return tuple(self._waiting)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All sequences, oldest first."""
+        return chain(self._running, self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """The sequence must be able to fit alone (BlockManager.can_ever_fit)."""
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets a sequence that has ended; its blocks are free at once."""
+        queue = self._running if sequence.status is SequenceStatus.RUNNING else self._waiting
+        queue.remove(sequence)
+        self._block_manager.free(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def schedule(self) -> list[ScheduledSlice]:
+        """The next step; empty only when there are no sequences. Allocates its blocks, preempts, admits."""
+        num_preemptions = self.num_preemptions
+        scheduled = self._schedule_running()
+        if self.num_preemptions == num_preemptions:
+            scheduled += self._schedule_waiting(self._max_num_batched_tokens - _num_tokens(scheduled))
+        return scheduled
+
+    def _schedule_running(self) -> list[ScheduledSlice]:
+        scheduled: list[ScheduledSlice] = []
+        budget = self._max_num_batched_tokens
+        index = 0
+        # Preempting shortens the list from its end, never before index: victims have not been scheduled yet.
+        while index < len(self._running) and budget > 0:
+            sequence = self._running[index]
+            index += 1
+            num_tokens = self._make_room(sequence, self._wanted(sequence, budget))
+            if num_tokens:
+                scheduled.append(self._allocate(sequence, num_tokens))
+                budget -= num_tokens
+        return scheduled
+
+    def _schedule_waiting(self, budget: int) -> list[ScheduledSlice]:
+        scheduled: list[ScheduledSlice] = []
+        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            hit = self._block_manager.find_prefix(sequence)
+            if not self._block_manager.can_admit(sequence, hit):
+                break
+            self._admit(self._waiting.popleft())
+            self._block_manager.adopt(sequence, hit)
+            wanted = self._wanted(sequence, budget)
+            num_tokens = self._block_manager.num_tokens_that_fit(sequence, wanted)
+            scheduled.append(self._allocate(sequence, num_tokens))
+            budget -= num_tokens
+        return scheduled
+
+    def _wanted(self, sequence: Sequence, budget: int) -> int:
+        wanted = min(sequence.num_uncomputed_tokens, budget)
+        return min(wanted, self._max_prompt_logprob_rows) if sequence.num_missing_prompt_logprobs else wanted
+
+    def _make_room(self, sequence: Sequence, wanted: int) -> int:
+        """Preempts the youngest until at least one token fits; 0 when the sequence itself was the youngest."""
+        while True:
+            num_tokens = self._block_manager.num_tokens_that_fit(sequence, wanted)
+            if num_tokens:
+                return num_tokens
+            youngest = self._running.pop()
+            self._preempt(youngest)
+            if youngest is sequence:
+                return 0
+
+    def _allocate(self, sequence: Sequence, num_tokens: int) -> ScheduledSlice:
+        self._block_manager.allocate(sequence, num_tokens)
+        return ScheduledSlice(sequence=sequence, num_tokens=num_tokens)
+
+    def _admit(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.RUNNING
+        self._running.append(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._block_manager.free(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        self._waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+
+def _num_tokens(scheduled: Iterable[ScheduledSlice]) -> int:
+    return sum(part.num_tokens for part in scheduled)
