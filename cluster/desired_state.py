@@ -1,9 +1,10 @@
-"""What a controller must remember to be reborn: kept outside of it, in Ray's key-value store."""
+"""What a controller must remember to be reborn, kept outside of it."""
 
 from __future__ import annotations
 
 import secrets
-from typing import Any
+import time
+from typing import Any, Protocol
 
 import msgspec
 
@@ -26,16 +27,47 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     shard_ids: tuple[str, ...] = ()
     epoch: dict[str, Any] | None = None
 
-    def next_term(self) -> DesiredState:
-        return msgspec.structs.replace(self, term=self.term + 1)
+
+class Store(Protocol):
+    """Keeps one service's state where the controller's death does not reach it."""
+
+    async def load(self) -> DesiredState | None: ...
+
+    async def save(self, state: DesiredState) -> None: ...
+
+    async def delete(self) -> None: ...
 
 
-def first_state(config: dict[str, Any], now_s: float) -> DesiredState:
+class Memory:
+    """The state at hand; every change is in the store before it is here."""
+
+    def __init__(self, store: Store, state: DesiredState) -> None:
+        self._store = store
+        self.state = state
+
+    @classmethod
+    async def open(cls, store: Store, config: dict[str, Any]) -> Memory:
+        """A new term of the service that the store knows, or the first of a new one with this config."""
+        known = await store.load()
+        memory = cls(store, _first_state(config) if known is None else known)
+        await memory.change(term=memory.state.term + (known is not None))
+        return memory
+
+    async def change(self, **fields: Any) -> None:
+        state = msgspec.structs.replace(self.state, **fields)
+        await self._store.save(state)
+        self.state = state
+
+    async def erase(self) -> None:
+        await self._store.delete()
+
+
+def _first_state(config: dict[str, Any]) -> DesiredState:
     return DesiredState(
         config=config,
         secret=secrets.token_bytes(NUM_SECRET_BYTES),
         admin_token=secrets.token_urlsafe(NUM_SECRET_BYTES),
-        started_at=now_s,
+        started_at=time.time(),
     )
 
 
