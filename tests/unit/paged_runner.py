@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from tiny_models import TinyModel
 
 from experts.dispatch import Dispatcher, LocalDispatcher
 from experts.placement import ShardId
@@ -14,7 +15,6 @@ from experts.shard import Shard
 from router.batch import InputEmbeddings, SequenceSlice, build_batch
 from router.kv_cache import KvCache, KvCacheSpec
 from router.model import ForwardResult, Llama4Model
-from tests.unit.tiny_models import TinyModel
 
 NUM_BLOCKS = 200
 
@@ -37,12 +37,8 @@ class PagedRunner:
         self.model = model
         self.dispatcher = dispatcher
         self.block_size = model.config.block_size_for(block_size)
-        spec = KvCacheSpec(
-            config=model.config, dtype=model.weights.embedding_VD.dtype, block_size=self.block_size
-        )
-        self.kv = KvCache(
-            spec, num_global_blocks=NUM_BLOCKS, num_local_blocks=NUM_BLOCKS, device=torch.device("cpu")
-        )
+        spec = KvCacheSpec(config=model.config, dtype=model.weights.embedding_VD.dtype, block_size=self.block_size)
+        self.kv = KvCache(spec, num_global_blocks=NUM_BLOCKS, num_local_blocks=NUM_BLOCKS, device=torch.device("cpu"))
         shuffle = random.Random(block_seed).sample
         self.free_global = shuffle(range(1, NUM_BLOCKS), NUM_BLOCKS - 1)
         self.free_local = shuffle(range(1, NUM_BLOCKS), NUM_BLOCKS - 1)
@@ -56,9 +52,7 @@ class PagedRunner:
         slices = [self._slice(sequence, count, embeddings) for sequence, count in work]
         batch = build_batch(slices, self.model.config, self.block_size, self.model.device)
         result = self.model.forward(batch, self.kv, self.dispatcher)
-        for (sequence, count), logits in zip(
-            work, result.logits_LV.split([count for _, count in work]), strict=True
-        ):
+        for (sequence, count), logits in zip(work, result.logits_LV.split([count for _, count in work]), strict=True):
             sequence.logits.append(logits)
             sequence.num_computed_tokens += count
             self._free_old_chunks(sequence)
@@ -71,9 +65,7 @@ class PagedRunner:
             self.step([(sequence, count)])
         return torch.cat(sequence.logits)
 
-    def _slice(
-        self, sequence: RunningSequence, count: int, embeddings: InputEmbeddings | None
-    ) -> SequenceSlice:
+    def _slice(self, sequence: RunningSequence, count: int, embeddings: InputEmbeddings | None) -> SequenceSlice:
         start = sequence.num_computed_tokens
         needed = -(-(start + count) // self.block_size)
         while len(sequence.global_blocks) < needed:
@@ -112,6 +104,4 @@ def make_runner(
         hidden_size=tiny.config.hidden_size,
         dtype=dtype,
     )
-    return PagedRunner(
-        tiny.load(dtype), LocalDispatcher(shard), block_size=block_size, block_seed=block_seed
-    )
+    return PagedRunner(tiny.load(dtype), LocalDispatcher(shard), block_size=block_size, block_seed=block_seed)

@@ -5,13 +5,13 @@ initializer_range is 0.2 and norm weights are perturbed: with the defaults most 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from experts.checkpoint import Checkpoint
@@ -71,6 +71,29 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "topk2": SCOUT | {"num_experts_per_tok": 2},
     "explicit_moe_layers": SCOUT | {"moe_layers": [1, 2, 7]},
 }
+LONG: dict[str, Any] = SCOUT | {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 320,
+    "floor_scale": 100,
+    "initializer_range": 0.1,
+}
+"""Chunks longer than a KV split, five query heads on a lone KV head: the shapes the four tiny ones do not have."""
+WIDE: dict[str, Any] = SCOUT | {
+    "hidden_size": 1152,
+    "intermediate_size": 1088,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 10,
+    "head_dim": 64,
+    "no_rope_layers": [1, 0, 1],
+    "moe_layers": [1, 2],
+    "attention_chunk_size": 288,
+    "floor_scale": 100,
+    "initializer_range": 0.05,
+}
+"""Wide enough for the matmul kernels that treat some row counts differently."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +114,7 @@ class TinyModel:
             return self.oracle(torch.tensor([token_ids])).logits[0]
 
     def load(self, dtype: torch.dtype = torch.float32) -> Llama4Model:
-        weights = load_router(
-            Checkpoint.open(self.folder), self.config, dtype=dtype, device=torch.device("cpu")
-        )
+        weights = load_router(Checkpoint.open(self.folder), self.config, dtype=dtype, device=torch.device("cpu"))
         return Llama4Model(self.config, weights)
 
     def experts(self, dtype: torch.dtype = torch.float32) -> dict[Slot, Mlp]:
@@ -105,9 +126,9 @@ class TinyModel:
         }
 
 
-def make_tiny(name: str, folder: Path, *, seed: int = 0) -> TinyModel:
+def make_tiny(config: Mapping[str, Any], folder: Path, *, seed: int = 0) -> TinyModel:
     """Writes the checkpoint into ``folder`` and reads its config.json back, as a server would."""
-    oracle = build_oracle(TINY_CONFIGS[name], seed)
+    oracle = build_oracle(config, seed)
     oracle.save_pretrained(folder)
     return TinyModel(
         oracle=oracle,
@@ -117,6 +138,8 @@ def make_tiny(name: str, folder: Path, *, seed: int = 0) -> TinyModel:
 
 
 def build_oracle(config: Mapping[str, Any], seed: int = 0) -> Llama4ForCausalLM:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(seed)
     text_config = Llama4TextConfig(**config)
     model = Llama4ForCausalLM._from_config(text_config, attn_implementation="eager").eval().float()
@@ -136,8 +159,7 @@ def _expert(state: Mapping[str, torch.Tensor], layer: int, expert: int, dtype: t
     prefix = f"model.layers.{layer}.feed_forward.experts"
     gate, up = state[f"{prefix}.gate_up_proj"][expert].to(dtype).chunk(2, dim=-1)
     down = state[f"{prefix}.down_proj"][expert].to(dtype)
-    pack = functools.partial(_packed_transpose)
-    return Mlp(gate=pack(gate), up=pack(up), down=pack(down))
+    return Mlp(gate=_packed_transpose(gate), up=_packed_transpose(up), down=_packed_transpose(down))
 
 
 def _packed_transpose(weight_IO: torch.Tensor) -> PackedLinear:
