@@ -10,7 +10,7 @@ Decoding validates every field's type; a message that does not fit raises msgspe
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -118,17 +118,18 @@ class TokenBatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an operator decides about one engine. None: decided from the checkpoint and the memory at hand.
+    """What an operator decides about one engine.
 
-    num_threads are torch's. kv_memory_share is the part of the memory that is free once the weights are loaded
-    that the KV cache may take when num_kv_blocks does not say. lane_timeout_s bounds the wait for one shard.
+    num_threads are torch's. block_size None is the default for the model's attention chunk; num_kv_blocks None is
+    what fits into kv_memory_share of the memory that is free once the weights are loaded (None: a share that suits
+    the device). lane_timeout_s bounds the wait for one shard.
     """
 
     model: str
-    dtype: str = "auto"
+    dtype: Literal["float32", "bfloat16"]
+    max_model_len: int
     device: str = "cpu"
-    num_threads: int | None = None
-    max_model_len: int | None = None
+    num_threads: int = 1
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 64
     max_logprobs: int = 20
@@ -164,10 +165,9 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The engine serves sequences of up to max_model_len tokens. capacity is a sentence for the log."""
+    """The engine serves. capacity is a sentence for the log: what fits in the KV cache."""
 
     pid: int
-    max_model_len: int
     capacity: str
 
 

@@ -1,0 +1,134 @@
+"""The replica's side of an engine process: requests as awaitable calls, and whether the engine is well."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from router.engine_child import EngineChild
+from router.messages import (
+    Abort,
+    Add,
+    EngineStats,
+    Failed,
+    Finished,
+    FromEngine,
+    GenerateRequest,
+    Heartbeat,
+    Ready,
+    Start,
+)
+
+
+class EngineDied(RuntimeError):
+    """The engine process cannot start, has ended, or does not answer. Its requests may be submitted elsewhere."""
+
+
+class EngineClient:
+    """One engine process and the calls that are open on it. Methods may be called from any thread."""
+
+    def __init__(self, *, on_death: Callable[[str], None] | None = None, module: str = "router.process") -> None:
+        """Starts the process, not yet the engine. on_death hears why it ended, once, from another thread.
+
+        Raises OSError when the process cannot be started.
+        """
+        self._on_death = on_death
+        self._lock = threading.Lock()
+        self._open: dict[tuple[str, int], Future[Finished]] = {}
+        self._death: str | None = None
+        self._ready: Future[Ready] = Future()
+        self._heartbeat: Heartbeat | None = None
+        self._heard_at = time.monotonic()
+        self._child = EngineChild(on_message=self._take, on_death=self._die, module=module)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def start(self, start: Start, timeout_s: float) -> Ready:
+        """Builds the engine. Raises EngineDied, with the engine's own reason where it has one; then close it."""
+        self._child.send(start)
+        try:
+            return self._ready.result(timeout_s)
+        except FutureTimeoutError:
+            raise EngineDied(f"the engine is not ready after {timeout_s} s") from None
+
+    async def generate(self, request: GenerateRequest) -> Finished:
+        """Ends when the request has. Cancelling it aborts the request. Raises EngineDied, or ValueError for a
+        request_id and attempt that are open already."""
+        key = (request.request_id, request.attempt)
+        future = self._register(key)
+        try:
+            self._child.send(Add(request=request))
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self._child.send(Abort(request_id=request.request_id, attempt=request.attempt))
+            raise
+        finally:
+            with self._lock:
+                self._open.pop(key, None)
+
+    def stats(self) -> EngineStats | None:
+        """Of the last heartbeat; None before the first."""
+        return None if self._heartbeat is None else self._heartbeat.stats
+
+    def check_health(self, *, heartbeat_timeout_s: float, step_timeout_s: float) -> None:
+        """Raises EngineDied when the engine has ended, has been silent for too long, or hangs in a step."""
+        if self._death is not None:
+            raise EngineDied(self._death)
+        silence_s = time.monotonic() - self._heard_at
+        if silence_s > heartbeat_timeout_s:
+            raise EngineDied(f"engine process {self.pid} has sent no heartbeat for {silence_s:.1f} s")
+        if self._heartbeat is not None and self._heartbeat.step_s > step_timeout_s:
+            step = self._heartbeat.stats.num_steps
+            raise EngineDied(f"engine process {self.pid} hangs in step {step} since {self._heartbeat.step_s:.1f} s")
+
+    def close(self, timeout_s: float) -> None:
+        """Ends the process: asked, told, killed, each after timeout_s. Idempotent."""
+        self._on_death = None
+        self._child.close(timeout_s)
+
+    def _register(self, key: tuple[str, int]) -> Future[Finished]:
+        with self._lock:
+            if self._death is not None:
+                raise EngineDied(self._death)
+            if key in self._open:
+                raise ValueError(f"request_id {key[0]!r} attempt {key[1]} is open already")
+            future = self._open[key] = Future()
+        # From here on only the engine ends it: a cancelled caller leaves it behind.
+        future.set_running_or_notify_cancel()
+        return future
+
+    def _take(self, message: FromEngine) -> None:
+        self._heard_at = time.monotonic()
+        match message:
+            case Ready():
+                self._ready.set_result(message)
+            case Heartbeat():
+                self._heartbeat = message
+            case Finished():
+                with self._lock:
+                    future = self._open.pop((message.request_id, message.attempt), None)
+                if future is not None:
+                    future.set_result(message)
+            case Failed():
+                pass  # The process ends now; its death carries the reason.
+
+    def _die(self, reason: str) -> None:
+        with self._lock:
+            self._death = reason
+            orphans, self._open = list(self._open.values()), {}
+        if not self._ready.done():
+            self._ready.set_exception(EngineDied(reason))
+        for future in orphans:
+            future.set_exception(EngineDied(reason))
+        if self._on_death is not None:
+            self._on_death(reason)

@@ -1,0 +1,214 @@
+"""The engine process's main thread: take what the replica sent, step while there is work, pass the outputs on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from router.heartbeat import HeartbeatThread
+from router.messages import (
+    Abort,
+    Add,
+    EngineStats,
+    ErrorCode,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    SequenceOutput,
+    Shutdown,
+    Start,
+    ToEngine,
+)
+from router.token_links import TokenLinks
+
+# While bytes wait for a gateway that reads slowly, and otherwise: how long the idle loop sleeps between two looks.
+_BACKLOG_WAIT_S = 0.01
+_IDLE_WAIT_S = 1.0
+_FAREWELL_S = 1.0
+
+
+class Steppable(Protocol):
+    """What the loop needs of router.engine.Engine."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: GenerateRequest) -> None:
+        """Raises ValueError when the request cannot be served."""
+
+    def abort(self, request_id: str) -> None: ...
+
+    def step(self) -> list[SequenceOutput]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRequest:
+    attempt: int
+    return_address: str
+
+
+class EngineLoop:
+    """Owns the engine; everything here happens in the thread that calls ``run``."""
+
+    def __init__(
+        self,
+        *,
+        engine: Steppable,
+        inbox: SimpleQueue[ToEngine],
+        send: Callable[[Finished], None],
+        links: TokenLinks,
+        heartbeat: HeartbeatThread,
+    ) -> None:
+        """inbox is filled by another thread; send goes to the replica."""
+        self._engine = engine
+        self._inbox = inbox
+        self._send = send
+        self._links = links
+        self._heartbeat = heartbeat
+        self._open: dict[str, OpenRequest] = {}
+
+    def run(self) -> None:
+        """Until Shutdown: then open requests are aborted and reported. Raises what a step raises."""
+        while self._take_messages():
+            if self._engine.has_work:
+                self._step()
+            self._abort_unreachable()
+        for request_id in tuple(self._open):
+            self._abort(request_id)
+        self._links.close(_FAREWELL_S)
+
+    def _take_messages(self) -> bool:
+        """Handles all that has arrived, waiting for it when there is nothing else to do. False after Shutdown."""
+        message = self._next_message()
+        while message is not None:
+            if isinstance(message, Shutdown):
+                return False
+            self._handle(message)
+            message = self._message_at_hand()
+        return True
+
+    def _next_message(self) -> ToEngine | None:
+        if self._engine.has_work:
+            return self._message_at_hand()
+        self._heartbeat.update(self._engine.stats())
+        try:
+            return self._inbox.get(timeout=_BACKLOG_WAIT_S if self._links.have_backlog else _IDLE_WAIT_S)
+        except Empty:
+            return None
+
+    def _message_at_hand(self) -> ToEngine | None:
+        try:
+            return self._inbox.get_nowait()
+        except Empty:
+            return None
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Add(request=request):
+                self._add(request)
+            case Abort(request_id=request_id, attempt=attempt):
+                opened = self._open.get(request_id)
+                if opened is not None and opened.attempt == attempt:
+                    self._abort(request_id)
+            case Start() | Shutdown():
+                raise AssertionError(f"{type(message).__name__} is no message for a running engine")
+
+    def _add(self, request: GenerateRequest) -> None:
+        """A newer attempt takes the place of an older one, whose gateway has given it up."""
+        opened = self._open.get(request.request_id)
+        try:
+            if opened is not None and opened.attempt >= request.attempt:
+                raise ValueError(f"request_id {request.request_id!r} is open already, attempt {opened.attempt}")
+            self._links.open(request.return_address)
+            if opened is not None:
+                self._abort(request.request_id)
+            self._engine.add(request)
+        except ValueError as error:
+            self._refuse(request, str(error))
+            return
+        self._open[request.request_id] = OpenRequest(attempt=request.attempt, return_address=request.return_address)
+
+    def _refuse(self, request: GenerateRequest, error: str) -> None:
+        self._send(
+            Finished(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                finish_reason=FinishReason.ERROR,
+                error=error,
+                error_code=ErrorCode.INVALID_ARGUMENT,
+            )
+        )
+
+    def _step(self) -> None:
+        self._heartbeat.step_begins()
+        outputs = self._engine.step()
+        self._heartbeat.step_ended()
+        self._deliver(outputs)
+        if self._heartbeat.is_due:
+            self._heartbeat.update(self._engine.stats())
+
+    def _deliver(self, outputs: list[SequenceOutput]) -> None:
+        """Tokens first, then the ends of requests."""
+        by_address: defaultdict[str, list[SequenceOutput]] = defaultdict(list)
+        for output in outputs:
+            by_address[self._open[output.request_id].return_address].append(output)
+        for address, batch in by_address.items():
+            for too_large in self._links.send(address, batch):
+                self._end_too_large(address, too_large)
+        for output in outputs:
+            if output.finish_reason is not None and output.request_id in self._open:
+                self._finish(output)
+
+    def _end_too_large(self, address: str, output: SequenceOutput) -> None:
+        self._engine.abort(output.request_id)
+        error = "the answer to one step is larger than a gateway takes: ask for fewer logprobs"
+        ended = SequenceOutput(
+            request_id=output.request_id,
+            attempt=output.attempt,
+            finish_reason=FinishReason.ERROR,
+            error=error,
+            error_code=ErrorCode.INVALID_ARGUMENT,
+        )
+        self._links.send(address, [ended])
+        self._finish(ended)
+
+    def _finish(self, output: SequenceOutput) -> None:
+        assert output.finish_reason is not None
+        del self._open[output.request_id]
+        self._send(
+            Finished(
+                request_id=output.request_id,
+                attempt=output.attempt,
+                finish_reason=output.finish_reason,
+                error=output.error,
+                error_code=output.error_code,
+            )
+        )
+
+    def _abort(self, request_id: str, error: str | None = None) -> None:
+        """error: why, where the client did not ask for it."""
+        opened = self._open.pop(request_id)
+        self._engine.abort(request_id)
+        self._send(
+            Finished(
+                request_id=request_id,
+                attempt=opened.attempt,
+                finish_reason=FinishReason.ABORT,
+                error=error,
+                error_code=None if error is None else ErrorCode.UNAVAILABLE,
+            )
+        )
+
+    def _abort_unreachable(self) -> None:
+        """Requests whose gateway is gone, does not read or could not be reached: nobody would hear the answer."""
+        lost = self._links.poll()
+        if not lost:
+            return
+        for request_id, opened in tuple(self._open.items()):
+            if opened.return_address in lost:
+                self._abort(request_id, lost[opened.return_address])
