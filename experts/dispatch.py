@@ -35,10 +35,14 @@ class Handle:
     routed: RoutedRows
     # Result rows in the order of routed.x_RD, allocated before a row is sent and filled by the dispatcher.
     y_RD: torch.Tensor
-    # Filled by the dispatcher: spans no live shard could answer, requests under way, and sends so far.
+    step: int = 0
+    micro_batch: int = 0
+    # Filled by the dispatcher: spans no live shard could answer, requests under way, sends so far, and whether
+    # a later step began before the combine.
     missing: list[ExpertSpan] = field(default_factory=list)
     num_pending: int = 0
     num_attempts: int = 0
+    abandoned: bool = False
 
 
 class Dispatcher(Protocol):
@@ -57,21 +61,22 @@ class Dispatcher(Protocol):
         """
 
     def combine(self, handle: Handle) -> Combined:
-        """Waits for the rows and puts them back in place. A lost expert is told in the result, not raised."""
+        """Waits for the rows and puts them back in place. A lost expert is told in the result, not raised.
+
+        Raises ValueError for a handle of an earlier step.
+        """
 
     def close(self) -> None:
         """Idempotent."""
 
 
-def finish(handle: Handle, device: torch.device) -> Combined:
+def finish(handle: Handle) -> Combined:
     """The result of a handle whose rows have all been answered or given up, on the device of the tokens."""
     row_of_copy_TK = handle.routed.row_of_copy_TK
-    if not handle.missing:
-        return Combined(combine_rows(handle.y_RD.to(device), row_of_copy_TK), None)
     for span in handle.missing:
         handle.y_RD[span.start : span.stop] = 0
-    missing_T = tokens_of_rows(handle.missing, row_of_copy_TK)
-    return Combined(combine_rows(handle.y_RD.to(device), row_of_copy_TK), missing_T)
+    y_TD = combine_rows(handle.y_RD.to(row_of_copy_TK.device), row_of_copy_TK)
+    return Combined(y_TD, tokens_of_rows(handle.missing, row_of_copy_TK) if handle.missing else None)
 
 
 class LocalDispatcher:
@@ -92,7 +97,7 @@ class LocalDispatcher:
         return Handle(layer=layer, routed=routed, y_RD=y_RD)
 
     def combine(self, handle: Handle) -> Combined:
-        return finish(handle, handle.y_RD.device)
+        return finish(handle)
 
     def close(self) -> None:
         """Holds nothing that needs closing."""

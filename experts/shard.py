@@ -6,22 +6,14 @@ Shapes: R routed rows, D model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from enum import IntEnum
 
 import torch
 
 from experts.epoch import Epoch
 from experts.load import ExpertLoad
+from experts.message import Refusal
 from experts.mlp import Mlp
 from experts.placement import ShardId, Slot
-
-
-class Refusal(IntEnum):
-    """Why a shard will not compute a request. Values travel on the wire."""
-
-    STALE_EPOCH = 1
-    OTHER_WEIGHTS_VERSION = 2
-    NO_SUCH_SLOT = 3
 
 
 class Shard:

@@ -1,0 +1,154 @@
+"""What travels on a lane: a fixed little-endian header, rows per expert, rows. Bytes only; nothing is unpickled.
+
+    request   header | (expert, rows) x num_slots | rows        router -> shard
+    reply     header | rows                                     shard -> router, same rows, same order
+    refusal   header                                            shard -> router, reason set
+
+Reply and refusal carry the request's own header; only kind and reason differ. Every field is checked before
+anything of the announced size is allocated.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from itertools import pairwise
+from typing import NamedTuple
+
+_HEADER = struct.Struct("<4sBBHQQIQIHHI")
+_ROWS_OF_EXPERT = struct.Struct("<II")
+_MAGIC = b"ARL1"
+
+HEADER_BYTES = _HEADER.size
+RowsPerExpert = tuple[tuple[int, int], ...]
+
+
+class MessageError(ValueError):
+    """The bytes are no message of this protocol. The stream they came from cannot be trusted any further."""
+
+
+class Kind(IntEnum):
+    REQUEST = 1
+    REPLY = 2
+    REFUSAL = 3
+
+
+class Refusal(IntEnum):
+    """Why a shard will not compute a well-formed request. 0 on the wire means no refusal."""
+
+    STALE_EPOCH = 1
+    OTHER_WEIGHTS_VERSION = 2
+    NO_SUCH_SLOT = 3
+
+
+class Identity(NamedTuple):
+    """What tells one request of a lane from every other, and from its own earlier attempts."""
+
+    epoch: int
+    weights_version: int
+    lane: int
+    step: int
+    layer: int
+    micro_batch: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """num_slots experts get num_rows rows in all. reason is set in a refusal and only there."""
+
+    kind: Kind
+    reason: Refusal | None = None
+    identity: Identity
+    num_slots: int
+    num_rows: int
+
+    def reply(self) -> Header:
+        return replace(self, kind=Kind.REPLY)
+
+    def refusal(self, reason: Refusal) -> Header:
+        return replace(self, kind=Kind.REFUSAL, reason=reason)
+
+
+def request_header(identity: Identity, rows_per_expert: Sequence[tuple[int, int]]) -> Header:
+    num_rows = sum(rows for _expert, rows in rows_per_expert)
+    return Header(kind=Kind.REQUEST, identity=identity, num_slots=len(rows_per_expert), num_rows=num_rows)
+
+
+def encode_header(header: Header) -> bytes:
+    who = header.identity
+    return _HEADER.pack(
+        _MAGIC,
+        header.kind,
+        header.reason or 0,
+        header.num_slots,
+        who.epoch,
+        who.weights_version,
+        who.lane,
+        who.step,
+        who.layer,
+        who.micro_batch,
+        who.attempt,
+        header.num_rows,
+    )
+
+
+def decode_header(encoded: bytes | bytearray | memoryview, *, max_rows: int) -> Header:
+    """Raises MessageError naming the field that is out of bounds."""
+    magic, kind, reason, num_slots, *identity, num_rows = _HEADER.unpack(encoded)
+    if magic != _MAGIC:
+        raise MessageError(f"magic is {magic!r}, not {_MAGIC!r}")
+    if not 1 <= num_rows <= max_rows:
+        raise MessageError(f"num_rows is {num_rows}, must be between 1 and {max_rows}")
+    if not 1 <= num_slots <= num_rows:
+        raise MessageError(f"num_slots is {num_slots}, must be between 1 and num_rows ({num_rows})")
+    return Header(
+        kind=_kind(kind),
+        reason=_reason(kind, reason),
+        identity=Identity(*identity),
+        num_slots=num_slots,
+        num_rows=num_rows,
+    )
+
+
+def _kind(kind: int) -> Kind:
+    try:
+        return Kind(kind)
+    except ValueError as error:
+        raise MessageError(f"kind is {kind}") from error
+
+
+def _reason(kind: int, reason: int) -> Refusal | None:
+    if kind != Kind.REFUSAL and reason == 0:
+        return None
+    try:
+        refusal = Refusal(reason)
+    except ValueError as error:
+        raise MessageError(f"reason is {reason}") from error
+    if kind != Kind.REFUSAL:
+        raise MessageError(f"reason is {reason} in a message of kind {kind}")
+    return refusal
+
+
+def rows_per_expert_bytes(header: Header) -> int:
+    return header.num_slots * _ROWS_OF_EXPERT.size
+
+
+def encode_rows_per_expert(rows_per_expert: Sequence[tuple[int, int]]) -> bytes:
+    return b"".join(_ROWS_OF_EXPERT.pack(expert, rows) for expert, rows in rows_per_expert)
+
+
+def decode_rows_per_expert(encoded: bytes | bytearray | memoryview, header: Header) -> RowsPerExpert:
+    """``(expert, rows)`` pairs, experts ascending. Raises MessageError when they do not fit the header."""
+    rows_per_expert = tuple((expert, rows) for expert, rows in _ROWS_OF_EXPERT.iter_unpack(encoded))
+    experts = [expert for expert, _rows in rows_per_expert]
+    if any(left >= right for left, right in pairwise(experts)):
+        raise MessageError(f"experts do not ascend: {experts}")
+    if any(rows < 1 for _expert, rows in rows_per_expert):
+        raise MessageError(f"an expert with no rows is listed: {rows_per_expert}")
+    total = sum(rows for _expert, rows in rows_per_expert)
+    if total != header.num_rows:
+        raise MessageError(f"rows per expert add up to {total}, num_rows is {header.num_rows}")
+    return rows_per_expert

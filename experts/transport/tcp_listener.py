@@ -1,0 +1,158 @@
+"""The shard's end of a lane over plain TCP."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from experts.message import (
+    HEADER_BYTES,
+    Header,
+    Kind,
+    MessageError,
+    Refusal,
+    RowsPerExpert,
+    decode_header,
+    decode_rows_per_expert,
+    encode_header,
+    rows_per_expert_bytes,
+)
+from experts.opening import (
+    ANSWER_BYTES,
+    NONCE_BYTES,
+    LaneTerms,
+    check_answer,
+    make_challenge,
+    make_welcome,
+)
+from experts.transport.base import RowRequest
+from experts.transport.stream import ByteStream, Parser, byte_view, discard, tune
+
+_BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneRules:
+    """What the shard asks of its lanes. ``admit`` says why a well-formed request is refused, None if it is not."""
+
+    secret: bytes
+    shard_id: str
+    hidden_size: int
+    dtype: torch.dtype
+    max_rows: int
+    dead_after_s: float
+    admit: Callable[[Header, RowsPerExpert], Refusal | None]
+
+
+class TcpListener:
+    """Listens on host, on a port of the system's choice if port is 0. Raises OSError if it cannot."""
+
+    def __init__(self, host: str, port: int, rules: LaneRules) -> None:
+        self._rules = rules
+        self._socket = socket.create_server((host, port), backlog=_BACKLOG)
+        self._socket.setblocking(False)
+        self.host: str = host
+        self.port: int = self._socket.getsockname()[1]
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def accept(self, lane: int) -> TcpLane | None:
+        try:
+            sock, _peer = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        accepted = TcpLane(sock, lane, self._rules)
+        try:
+            tune(sock, dead_after_s=self._rules.dead_after_s)
+            accepted.challenge()
+        except OSError:
+            # Gone before it said a word; LinkError is an OSError too.
+            accepted.close()
+            return None
+        return accepted
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class TcpLane:
+    """One router's lane, from the challenge on. Made by ``TcpListener.accept``."""
+
+    def __init__(self, sock: socket.socket, lane: int, rules: LaneRules) -> None:
+        self.lane_id: str | None = None
+        self.num_unanswered = 0
+        self._lane = lane
+        self._rules = rules
+        self._arrived: list[RowRequest] = []
+        self._challenge = make_challenge(os.urandom(NONCE_BYTES))
+        self._stream = ByteStream(sock, self._parse())
+
+    @property
+    def sending(self) -> bool:
+        return self._stream.sending
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def challenge(self) -> None:
+        """Sends the first message of the opening. Raises LinkError."""
+        self._stream.send([self._challenge])
+
+    def receive(self) -> list[RowRequest]:
+        self._stream.receive()
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def reply(self, request: RowRequest) -> None:
+        self.num_unanswered -= 1
+        self._stream.send([encode_header(request.header.reply()), byte_view(request.x_RD)])
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _parse(self) -> Parser:
+        answer = bytearray(ANSWER_BYTES)
+        yield memoryview(answer)
+        self._welcome(bytes(answer))
+        encoded = memoryview(bytearray(HEADER_BYTES))
+        while True:
+            yield encoded
+            header = decode_header(encoded, max_rows=self._rules.max_rows)
+            if header.kind is not Kind.REQUEST:
+                raise MessageError(f"a router sent a message of kind {header.kind.name}")
+            if header.identity.lane != self._lane:
+                raise MessageError(f"lane is {header.identity.lane}, this one has number {self._lane}")
+            yield from self._parse_request(header)
+
+    def _welcome(self, answer: bytes) -> None:
+        rules = self._rules
+        self.lane_id = check_answer(answer, challenge=self._challenge, secret=rules.secret, shard_id=rules.shard_id)
+        terms = LaneTerms(
+            lane=self._lane,
+            hidden_size=rules.hidden_size,
+            dtype=str(rules.dtype).removeprefix("torch."),
+            max_rows=rules.max_rows,
+        )
+        self._stream.send([make_welcome(terms, challenge=self._challenge, answer=answer, secret=rules.secret)])
+
+    def _parse_request(self, header: Header) -> Parser:
+        encoded = bytearray(rows_per_expert_bytes(header))
+        yield memoryview(encoded)
+        rows_per_expert = decode_rows_per_expert(encoded, header)
+        reason = self._rules.admit(header, rows_per_expert)
+        if reason is not None:
+            yield from discard(header.num_rows * self._rules.hidden_size * self._rules.dtype.itemsize)
+            self._stream.send([encode_header(header.refusal(reason))])
+            return
+        x_RD = torch.empty(header.num_rows, self._rules.hidden_size, dtype=self._rules.dtype)
+        yield byte_view(x_RD)
+        self.num_unanswered += 1
+        self._arrived.append(RowRequest(header=header, rows_per_expert=rows_per_expert, x_RD=x_RD))
