@@ -4,7 +4,7 @@ The parent stays small and never imports Ray: it reacts to signals at once whate
 stdout for itself, and adopts what the driver leaves behind. The driver runs in a session of its own, so a
 Ctrl-C of the terminal reaches the parent alone. Reports go up a pipe, one JSON object per line.
 
-    terminal --SIGINT--> supervisor --SIGTERM--> driver (Ray's) --> raylet, workers, engines
+    terminal --SIGINT--> supervisor --SIGINT--> driver --> raylet, workers, engines
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ def send_report(report: Report) -> None:
 class Supervisor:
     """Starts one driver and stays until it and all its descendants have ended.
 
-    The first SIGINT, SIGTERM or SIGHUP asks the driver to stop and allows it stop_timeout_s; a second one, or
-    the end of that time, kills everything below this process.
+    A first SIGINT tells the driver to stop and allows it stop_timeout_s; a first SIGTERM or SIGHUP allows open
+    requests drain_timeout_s besides. A second signal, or the end of that time, kills everything below this
+    process.
     """
 
-    def __init__(self, *, stop_timeout_s: float, on_ready: Callable[[str], None]) -> None:
+    def __init__(self, *, stop_timeout_s: float, drain_timeout_s: float, on_ready: Callable[[str], None]) -> None:
         self._stop_timeout_s = stop_timeout_s
+        self._drain_timeout_s = drain_timeout_s
         self._on_ready = on_ready
         self._ready = False
         self._failure: str | None = None
@@ -94,17 +96,17 @@ class Supervisor:
     def _read_signals(self, fd: int) -> bool:
         for number in os.read(fd, 64):
             if number in STOP_SIGNALS:
-                self._stop()
+                self._stop(drain=number != signal.SIGINT)
         return True
 
-    def _stop(self) -> None:
+    def _stop(self, *, drain: bool) -> None:
         now = time.monotonic()
-        if self._kill_at is None:
-            print("arriero serve: stopping (once more to kill)", file=sys.stderr, flush=True)
-            self._driver.terminate()
-            self._kill_at = now + self._stop_timeout_s
-        else:
+        if self._kill_at is not None:
             self._kill_at = now
+            return
+        print("arriero serve: stopping; once more to kill", file=sys.stderr, flush=True)
+        self._driver.send_signal(signal.SIGTERM if drain else signal.SIGINT)
+        self._kill_at = now + self._stop_timeout_s + (self._drain_timeout_s if drain else 0.0)
 
     def _read_reports(self, fd: int) -> bool:
         """False at the end of the pipe."""

@@ -78,7 +78,7 @@ def _member(member: admin_pb2.Member) -> dict[str, Any]:
 
 def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
     tokens = {(load.layer, load.expert): load.tokens for load in view.load}
-    rows = [("ROLE", "ID", "PID", "NODE", "STATE", "EXPERTS", "TOKENS")]
+    rows: list[tuple[str, ...]] = [("ROLE", "ID", "PID", "NODE", "STATE", "EXPERTS", "TOKENS")]
     rows += [_row("controller", view.controller)]
     rows += [_row("gateway", member) for member in view.gateways]
     rows += [_row("router", member) for member in view.routers]

@@ -1,0 +1,55 @@
+"""`arriero serve`: checks everything, starts the service on Ray, stays until Ctrl-C, leaves no process behind."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+
+from cluster.config import ServiceConfig
+from cluster.driver_spec import DriverSpec
+from cluster.flags import add_config_flags, config_from_flags
+from cluster.preflight import check_model, check_ports
+from cluster.supervisor import Supervisor
+
+# What a stop takes besides open requests: Serve, Ray and the engines go down in about three seconds.
+STOP_TIMEOUT_S = 30.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_ADDRESS"),
+        help="Run on the Ray cluster at this address (default: $RAY_ADDRESS) and not on one of its own.",
+    )
+    add_config_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = config_from_flags(arguments)
+    if arguments.address is None:
+        check_ports(config)
+    config = check_model(config)
+    return supervise(config, arguments.address)
+
+
+def supervise(config: ServiceConfig, ray_address: str | None) -> int:
+    """Returns the exit code when nothing of the service is left."""
+    temp_folder = tempfile.mkdtemp(prefix="arriero-")
+    spec = DriverSpec(
+        config=config.model_dump(), ray_address=ray_address, temp_folder=temp_folder, parent_pid=os.getpid()
+    )
+    supervisor = Supervisor(stop_timeout_s=STOP_TIMEOUT_S, drain_timeout_s=config.drain_timeout_s, on_ready=_print_line)
+    code, failure = supervisor.run([sys.executable, "-P", "-m", "cluster.driver"], stdin=spec.to_json())
+    if failure is not None:
+        print(f"arriero serve: {failure}", file=sys.stderr)
+        print(f"arriero serve: Ray's logs are in {temp_folder}", file=sys.stderr)
+    else:
+        shutil.rmtree(temp_folder, ignore_errors=True)
+    return code
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)

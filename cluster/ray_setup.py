@@ -1,0 +1,87 @@
+"""Ray and Serve as `arriero serve` sets them up: a cluster of its own on this machine, or a client of a given one.
+
+A cluster of our own listens on the loopback interface and takes calls only from processes with its token, which
+lives in the environment of its processes and in no file. Several can run side by side: ports are drawn, and
+sockets and logs lie in a folder of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+
+from cluster.config import ServiceConfig
+
+# Only requests and control messages pass through it; tensors travel in lanes.
+OBJECT_STORE_BYTES = 256 * 2**20
+GRPC_SERVICERS = (
+    "cluster.v1.generation_pb2_grpc.add_GenerationServiceServicer_to_server",
+    "cluster.v1.admin_pb2_grpc.add_AdminServiceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+
+
+def set_environment(ray_address: str | None) -> None:
+    """Must be called before Ray is imported: it reads its environment once."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray_address is not None:
+        # Ray would otherwise decide by whether a token file happens to lie in the home directory.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        return
+    os.environ.pop("RAY_ADDRESS", None)
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def start_ray(config: ServiceConfig, *, ray_address: str | None, temp_folder: str) -> None:
+    """Connects to the cluster at ray_address, or starts one. Raises ConnectionError, RuntimeError."""
+    import ray
+
+    if ray_address is not None:
+        ray.init(address=ray_address, log_to_driver=True, logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        num_cpus=_num_cpus(config),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+        _temp_dir=temp_folder,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _num_cpus(config: ServiceConfig) -> int:
+    """What Ray believes this machine has: at least enough to place every process of the service."""
+    wanted = (
+        config.gateways * config.gateway_num_cpus
+        + config.routers * config.router_num_cpus
+        + config.shards * config.shard_num_cpus
+    )
+    return max(os.cpu_count() or 1, math.ceil(wanted) + 1)
+
+
+def start_serve(config: ServiceConfig) -> bool:
+    """Starts Serve's controller and proxies. False where Serve was running: then its own ports stay."""
+    import ray
+    from ray import serve
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        was_running = True
+    except ValueError:
+        was_running = False
+    serve.start(
+        http_options={"host": config.http_host, "port": config.http_port, "request_timeout_s": None},
+        grpc_options={
+            "port": config.grpc_port,
+            "grpc_servicer_functions": list(GRPC_SERVICERS),
+            "request_timeout_s": None,
+        },
+    )
+    return not was_running
