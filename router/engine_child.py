@@ -14,6 +14,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
+import msgspec
+
 from router.messages import Failed, FromEngine, Shutdown, ToEngine, decode_from_engine, encode
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,8 @@ class EngineChild:
                 self._on_message(message)
         except (EOFError, OSError):
             return
+        except msgspec.ValidationError as error:
+            self._failure = f"the engine process sent no message of ours: {error}"
 
     def _write(self, pipe: Connection) -> None:
         while (message := self._outbox.get()) is not None:

@@ -24,7 +24,7 @@ from router.messages import (
 )
 
 
-class EngineDied(RuntimeError):
+class EngineDiedError(RuntimeError):
     """The engine process cannot start, has ended, or does not answer. Its requests may be submitted elsewhere."""
 
 
@@ -54,15 +54,15 @@ class EngineClient:
         return len(self._open)
 
     def start(self, start: Start, timeout_s: float) -> Ready:
-        """Builds the engine. Raises EngineDied, with the engine's own reason where it has one; then close it."""
+        """Builds the engine. Raises EngineDiedError, with the engine's own reason where it has one; then close it."""
         self._child.send(start)
         try:
             return self._ready.result(timeout_s)
         except FutureTimeoutError:
-            raise EngineDied(f"the engine is not ready after {timeout_s} s") from None
+            raise EngineDiedError(f"the engine is not ready after {timeout_s} s") from None
 
     async def generate(self, request: GenerateRequest) -> Finished:
-        """Ends when the request has. Cancelling it aborts the request. Raises EngineDied, or ValueError for a
+        """Ends when the request has. Cancelling it aborts the request. Raises EngineDiedError, or ValueError for a
         request_id and attempt that are open already."""
         key = (request.request_id, request.attempt)
         future = self._register(key)
@@ -81,15 +81,17 @@ class EngineClient:
         return None if self._heartbeat is None else self._heartbeat.stats
 
     def check_health(self, *, heartbeat_timeout_s: float, step_timeout_s: float) -> None:
-        """Raises EngineDied when the engine has ended, has been silent for too long, or hangs in a step."""
+        """Raises EngineDiedError when the engine has ended, has been silent for too long, or hangs in a step."""
         if self._death is not None:
-            raise EngineDied(self._death)
+            raise EngineDiedError(self._death)
         silence_s = time.monotonic() - self._heard_at
         if silence_s > heartbeat_timeout_s:
-            raise EngineDied(f"engine process {self.pid} has sent no heartbeat for {silence_s:.1f} s")
+            raise EngineDiedError(f"engine process {self.pid} has sent no heartbeat for {silence_s:.1f} s")
         if self._heartbeat is not None and self._heartbeat.step_s > step_timeout_s:
             step = self._heartbeat.stats.num_steps
-            raise EngineDied(f"engine process {self.pid} hangs in step {step} since {self._heartbeat.step_s:.1f} s")
+            raise EngineDiedError(
+                f"engine process {self.pid} hangs in step {step} since {self._heartbeat.step_s:.1f} s"
+            )
 
     def close(self, timeout_s: float) -> None:
         """Ends the process: asked, told, killed, each after timeout_s. Idempotent."""
@@ -99,13 +101,14 @@ class EngineClient:
     def _register(self, key: tuple[str, int]) -> Future[Finished]:
         with self._lock:
             if self._death is not None:
-                raise EngineDied(self._death)
+                raise EngineDiedError(self._death)
             if key in self._open:
                 raise ValueError(f"request_id {key[0]!r} attempt {key[1]} is open already")
-            future = self._open[key] = Future()
-        # From here on only the engine ends it: a cancelled caller leaves it behind.
-        future.set_running_or_notify_cancel()
-        return future
+            future: Future[Finished] = Future()
+            # From here on only the engine ends it: a cancelled caller leaves it behind.
+            future.set_running_or_notify_cancel()
+            self._open[key] = future
+            return future
 
     def _take(self, message: FromEngine) -> None:
         self._heard_at = time.monotonic()
@@ -127,8 +130,8 @@ class EngineClient:
             self._death = reason
             orphans, self._open = list(self._open.values()), {}
         if not self._ready.done():
-            self._ready.set_exception(EngineDied(reason))
+            self._ready.set_exception(EngineDiedError(reason))
         for future in orphans:
-            future.set_exception(EngineDied(reason))
+            future.set_exception(EngineDiedError(reason))
         if self._on_death is not None:
             self._on_death(reason)
