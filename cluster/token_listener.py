@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import msgspec
 
-from cluster.relay import Event, LinkLost
+from cluster.token_stream import TokenStream
 from experts.opening import ANSWER_BYTES, OpeningError
 from router.messages import TokenBatch, decode_token_batch
 from router.token_opening import LENGTH, MAX_BATCH_BYTES, check_router, make_challenge, make_welcome
 
 logger = logging.getLogger(__name__)
 
-
-class _Ear:
-    """Who waits for one attempt of one choice. feeder: the connection its outputs come from, None before any."""
-
-    def __init__(self, deliver: Callable[[Event], None]) -> None:
-        self.deliver = deliver
-        self.feeder: asyncio.StreamWriter | None = None
+StreamKey = tuple[str, int]
 
 
 class TokenListener:
-    """Listens on a port of the system's choice. ``start`` it, then ``listen`` before a request is submitted."""
+    """Listens on a port of the system's choice. ``start`` it, then ``open`` a stream before its request is sent."""
 
     def __init__(
         self, *, host: str, secret: bytes, opening_timeout_s: float = 5.0, max_batch_bytes: int = MAX_BATCH_BYTES
@@ -44,19 +37,19 @@ class TokenListener:
         self._secret = secret
         self._opening_timeout_s = opening_timeout_s
         self._max_batch_bytes = max_batch_bytes
-        self._ears: dict[tuple[str, int], _Ear] = {}
+        self._streams: dict[StreamKey, TokenStream] = {}
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.StreamWriter] = set()
         self._address = ""
 
     @property
     def address(self) -> str:
-        """The return_address for requests, host:port. Empty before ``start``."""
+        """The return_address for requests. Empty before ``start``."""
         return self._address
 
     @property
-    def num_listening(self) -> int:
-        return len(self._ears)
+    def num_streams(self) -> int:
+        return len(self._streams)
 
     @property
     def num_connections(self) -> int:
@@ -68,32 +61,29 @@ class TokenListener:
         port = self._server.sockets[0].getsockname()[1]
         self._address = f"[{self._host}]:{port}" if ":" in self._host else f"{self._host}:{port}"
 
-    @contextmanager
-    def listen(self, request_id: str, attempt: int, deliver: Callable[[Event], None]) -> Iterator[None]:
-        """While the context is open, deliver is called, in the event loop, with each output of this attempt and
-        with LinkLost when the connection they came over ends. What comes outside the context is dropped, counted.
-
-        A router that is lost before its first output is told by its Serve call alone. Raises ValueError when
-        somebody listens for this attempt already.
-        """
+    def open(self, request_id: str, attempt: int) -> TokenStream:
+        """Raises ValueError when this attempt has a stream already."""
         key = (request_id, attempt)
-        if key in self._ears:
-            raise ValueError(f"somebody listens for request_id {request_id!r} attempt {attempt} already")
-        self._ears[key] = _Ear(deliver)
-        try:
-            yield
-        finally:
-            del self._ears[key]
+        if key in self._streams:
+            raise ValueError(f"request_id {request_id!r} attempt {attempt} has a stream already")
+        stream = TokenStream(request_id=request_id, attempt=attempt, on_close=lambda: self._forget(key, stream))
+        self._streams[key] = stream
+        return stream
 
     async def close(self) -> None:
-        """Hangs up on all routers, which tells those that listen. Idempotent."""
-        if self._server is None:
-            return
-        self._server.close()
-        for writer in tuple(self._connections):
-            writer.transport.abort()
-        await self._server.wait_closed()
-        self._server = None
+        """Hangs up on all routers; open streams break. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+            for writer in tuple(self._connections):
+                writer.transport.abort()
+            await self._server.wait_closed()
+            self._server = None
+        for stream in tuple(self._streams.values()):
+            stream.fail("this gateway is closing")
+
+    def _forget(self, key: StreamKey, stream: TokenStream) -> None:
+        if self._streams.get(key) is stream:
+            del self._streams[key]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One router's connection, from its first byte to its last."""
@@ -111,7 +101,7 @@ class TokenListener:
             logger.info("token connection of %s has ended", router_id)
         finally:
             self._connections.discard(writer)
-            self._tell_lost(writer, f"the token connection of {router_id} was lost")
+            self._break(writer, f"the token connection of {router_id} was lost")
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
@@ -133,14 +123,14 @@ class TokenListener:
 
     def _deliver(self, batch: TokenBatch, connection: asyncio.StreamWriter) -> None:
         for output in batch.outputs:
-            ear = self._ears.get((output.request_id, output.attempt))
-            if ear is None:
+            stream = self._streams.get((output.request_id, output.attempt))
+            if stream is None:
                 self.num_late_outputs += 1
             else:
-                ear.feeder = connection
-                ear.deliver(output)
+                stream.put(output, connection)
 
-    def _tell_lost(self, connection: asyncio.StreamWriter, reason: str) -> None:
-        for ear in tuple(self._ears.values()):
-            if ear.feeder is connection:
-                ear.deliver(LinkLost(reason))
+    def _break(self, connection: asyncio.StreamWriter, reason: str) -> None:
+        """Tells the streams that this connection has fed; others may still hear of their router elsewhere."""
+        for stream in self._streams.values():
+            if stream.feeder is connection:
+                stream.fail(reason)
