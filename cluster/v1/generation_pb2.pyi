@@ -506,8 +506,8 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """Where asked for: one for each prompt token from the second on, of choice 0 alone, in responses before
-        its first token or along with it.
+        """Where asked for: one for each prompt token from the second on. They come whole, in one response of
+        choice 0, before its first token or along with it.
         """
 
     @_builtins.property

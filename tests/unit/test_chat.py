@@ -35,7 +35,9 @@ def spelled_out(tokenizer: Tokenizer, *messages: ChatMessage) -> str:
 
 def test_a_conversation_has_the_same_ids_as_with_the_published_template(tokenizer: Tokenizer) -> None:
     turns = [("system", "Be brief."), ("user", " Hi! "), ("assistant", "Hello."), ("user", "Où vivent les lamas ?\n")]
-    oracle = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), bos_token="<|begin_of_text|>")
+    oracle = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=build_tokenizer(), bos_token="<|begin_of_text|>"
+    )
     conversation = [{"role": role, "content": text} for role, text in turns]
     expected = oracle.apply_chat_template(conversation, chat_template=PUBLISHED_TEMPLATE, return_dict=False)
     assert encode_chat(tokenizer, [ChatMessage.of_text(*turn) for turn in turns]) == expected
