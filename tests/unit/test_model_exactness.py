@@ -18,6 +18,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "scout": (SCOUT, 90),
     "topk2": (SCOUT | {"num_experts_per_tok": 2}, 90),
     "maverick": (MAVERICK, 90),
+    "query_head_per_kv_head": (SCOUT | {"num_key_value_heads": 8, "num_hidden_layers": 4}, 90),
     "long": (LONG, 700),
     "wide": (WIDE, 330),
 }
