@@ -122,12 +122,15 @@ def enter(fd: int, parent_pid: int) -> ReplicaPipe:
     return ReplicaPipe(fd)
 
 
-def main() -> int:
-    pipe = enter(fd=int(sys.argv[1]), parent_pid=int(sys.argv[2]))
+def build_real_engine(start: Start) -> BuiltEngine:
     # Importing torch takes seconds, in which a parent that dies must already be noticed.
     from router.engine_builder import build_engine
 
-    return serve(pipe, build_engine)
+    return build_engine(start)
+
+
+def main() -> int:
+    return serve(enter(fd=int(sys.argv[1]), parent_pid=int(sys.argv[2])), build_real_engine)
 
 
 if __name__ == "__main__":
