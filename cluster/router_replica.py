@@ -1,0 +1,110 @@
+"""The router's Serve replica: joins the service, runs a router.replica.Router, reports. It only forwards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+from typing import Any
+
+import ray
+
+from cluster.config import ServiceConfig, parse_config
+from cluster.controller_link import ControllerLink
+from cluster.membership import Member, MemberId, MemberKind, MemberState
+from router.messages import EngineSettings, MissingExpertPolicy, Start
+from router.replica import Router, RouterTimeouts
+
+logger = logging.getLogger("arriero.router")
+
+# For the errors of open calls to leave before the replica does.
+FAREWELL_S = 0.5
+
+
+class RouterReplica:
+    """Serve's deployment body; see cluster.app. Imports no torch: the engine lives in a child process."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        """config: a ServiceConfig as a plain dict. Serve awaits this. Raises what keeps the router from starting."""
+        self._router: Router | None = None
+        self._link: ControllerLink | None = None
+        service = parse_config(config)
+        router_id = MemberId(f"router-{secrets.token_hex(3)}")
+        node_id = ray.get_runtime_context().get_node_id()
+        self._member = Member(
+            member_id=router_id, kind=MemberKind.ROUTER, pid=0, node_id=node_id, state=MemberState.STARTING
+        )
+        self._link = ControllerLink(service)
+        welcome = await self._link.join_router(self._member)
+        self._holds_experts = welcome["epoch"] is None
+        self._router = Router(timeouts=RouterTimeouts(start_s=service.start_timeout_s), on_death=_leave_with_engine)
+        ready = await self._router.start(_start_message(router_id, welcome))
+        self._member = Member(
+            member_id=router_id, kind=MemberKind.ROUTER, pid=ready.pid, node_id=node_id, state=MemberState.READY
+        )
+        self._link.start_reporting(self._report)
+
+    async def generate(self, request: bytes) -> bytes:
+        """See router.replica.Router.generate."""
+        assert self._router is not None, "Serve awaits __init__ first"
+        return await self._router.generate(request)
+
+    def check_health(self) -> None:
+        """Called by Serve; raises when this replica must be replaced."""
+        if self._router is not None:
+            self._router.check_health()
+
+    def __del__(self) -> None:
+        """Called by Serve at the end of a graceful shutdown, and once more by Python."""
+        link, self._link = self._link, None
+        router, self._router = self._router, None
+        if link is not None:
+            link.leave(self._member)
+        if router is not None:
+            router.close()
+
+    def _report(self) -> tuple[Member, list[tuple[int, int, int]]]:
+        stats = None if self._router is None else self._router.stats
+        load = stats.expert_load if self._holds_experts and stats is not None else []
+        return self._member, load
+
+
+def _start_message(router_id: str, welcome: dict[str, Any]) -> Start:
+    """welcome: as ControlPlane.join_router answers."""
+    return Start(
+        router_id=router_id,
+        settings=engine_settings(parse_config(welcome["config"])),
+        secret=welcome["secret"],
+        weights_version=welcome["weights_version"],
+        epoch=welcome["epoch"],
+    )
+
+
+def engine_settings(config: ServiceConfig) -> EngineSettings:
+    """config must be resolved (cluster.service_model.resolve)."""
+    assert config.dtype != "auto"
+    assert config.max_model_len is not None
+    assert config.router_threads is not None
+    return EngineSettings(
+        model=config.model,
+        dtype=config.dtype,
+        device=config.device,
+        num_threads=config.router_threads,
+        max_model_len=config.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_logprobs=config.max_logprobs,
+        block_size=config.block_size,
+        num_kv_blocks=config.num_kv_blocks,
+        on_missing_expert=MissingExpertPolicy(config.on_missing_expert),
+        lane_timeout_s=config.lane_timeout_s,
+    )
+
+
+def _leave_with_engine(reason: str) -> None:
+    """A replica without an engine would draw requests, being the least busy; Serve replaces a dead one at once."""
+    logger.error("the engine is gone, this replica ends: %s", reason)
+    timer = threading.Timer(FAREWELL_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
