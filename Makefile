@@ -45,20 +45,23 @@ format: venv
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# A virtual environment whose interpreter is gone is made anew.
-venv:
-	@if [ -e $(VENV) ] && ! $(BIN)/python -c '' 2>/dev/null; then rm -rf $(VENV); fi
-	@$(MAKE) --no-print-directory $(VENV)/.installed
+venv: $(VENV)/.installed
+
+# The stamp holds the folder that the environment was made in: one that moved, or whose interpreter is gone, does
+# not work any more and is made anew.
+$(foreach venv,$(VENV) $(PROTO_VENV),$(shell \
+  [ "$$(cat $(venv)/.installed 2>/dev/null)" = "$(CURDIR)" ] && $(venv)/bin/python -c '' || rm -f $(venv)/.installed))
 
 $(VENV)/.installed: pyproject.toml
 	@scripts/make-venv.sh $(PYTHON) $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	@touch $@
+	@echo 'installing into $(VENV) (about 1.5 GB, minutes) ...'
+	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@echo '$(CURDIR)' > $@
 
 $(PROTO_VENV)/.installed: proto/requirements.txt
 	@scripts/make-venv.sh $(PYTHON) $(PROTO_VENV)
-	$(PROTO_VENV)/bin/pip install --quiet --requirement proto/requirements.txt
-	@touch $@
+	@$(PROTO_VENV)/bin/pip install --quiet --requirement proto/requirements.txt
+	@echo '$(CURDIR)' > $@
 
 proto: $(PROTO_VENV)/.installed
 	proto/generate.sh $(PROTO_VENV) .

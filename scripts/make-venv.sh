@@ -16,4 +16,7 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
          "(Debian and Ubuntu: apt-get install python3-venv)" >&2
     exit 1
 fi
-[ -x "$venv/bin/pip" ] || "$python" -m venv --clear "$venv"
+# One that works is kept: pip then only brings it up to date. The scripts in it name its folder.
+if ! "$venv/bin/python" -c '' 2>/dev/null || ! grep -qF "$PWD/$venv" "$venv/bin/activate"; then
+    "$python" -m venv --clear "$venv"
+fi
