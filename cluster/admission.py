@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.generation import GenerateCall, ResumedChoice
+from cluster.generate_call import GenerateCall, ResumedChoice
 from cluster.journal import ChoicePlan
 from router.sampling_params import MAX_SEED, WHOLE_VOCABULARY, SamplingParams
 

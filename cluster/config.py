@@ -52,7 +52,7 @@ class ServiceConfig(BaseModel):
         64, ge=1, description="Sequences that one step of a router may advance; never more than its tokens."
     )
     max_queued_requests: int = Field(
-        256, ge=0, description="Requests that may wait at each gateway once all routers are full; more are refused."
+        256, ge=1, description="Requests that may wait at each gateway once all routers are full; more are refused."
     )
     num_kv_blocks: int | None = Field(
         None, ge=1, description="KV cache blocks of each router. Default: what fits in the memory at hand."

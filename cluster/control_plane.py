@@ -104,7 +104,7 @@ class ControlPlane:
         wanted = parse_config(config)
         self._check_not_retiring()
         await self._adapt_to(wanted)
-        self._take_in(member, process)
+        self.take_in(member, process)
         started = await self._tier.started()
         await self._look_at_shards()
         return {
@@ -118,13 +118,18 @@ class ControlPlane:
     def join_gateway(self, member: Member, process: Any) -> dict[str, Any]:
         """Answers at once: secret, term, admin_token."""
         self._check_not_retiring()
-        self._take_in(member, process)
+        self.take_in(member, process)
         return {"secret": self.state.secret, "term": self.state.term, "admin_token": self.state.admin_token}
+
+    def take_in(self, member: Member, process: Any) -> None:
+        """Knows the member from now on. process is what the probe takes."""
+        if self._membership.report(member, self._now()):
+            self._processes[member.member_id] = process
 
     def heartbeat(self, member: Member, load: list[tuple[int, int, int]]) -> dict[str, Any]:
         """load: (layer, expert, tokens) since the member's start, of routers that hold experts themselves.
 
-        known is False for a member that must join (again): this controller has not met it.
+        known is False for a member that this controller has not met: it should call take_in.
         """
         known = member.member_id in self._membership
         if known and self._membership.report(member, self._now()) and load:
@@ -187,10 +192,6 @@ class ControlPlane:
         for shard_id in self._tier.shard_ids:
             self.leave(MemberId(shard_id))
         await self._tier.replace(wanted)
-
-    def _take_in(self, member: Member, process: Any) -> None:
-        if self._membership.report(member, self._now()):
-            self._processes[member.member_id] = process
 
     def _members(self, kind: MemberKind) -> tuple[Member, ...]:
         return self._membership.of_kind(kind, self._now())
@@ -255,5 +256,5 @@ class ControlPlane:
             self._membership.mark_dead(member_id, self._now())
 
 
-def _new_shard(shard_id: ShardId) -> Member:
-    return Member(member_id=MemberId(shard_id), kind=MemberKind.SHARD, pid=0, node_id="", state=MemberState.STARTING)
+def _new_shard(member_id: MemberId) -> Member:
+    return Member(member_id=member_id, kind=MemberKind.SHARD, pid=0, node_id="", state=MemberState.STARTING)

@@ -20,6 +20,10 @@ class ServiceError(Exception):
     """Ends a request. The message reaches the client: it must not hold anything of the inside."""
 
     def __init__(self, code: StatusCode, message: str) -> None:
-        super().__init__(message)
+        # Both, so that the error survives the way between processes.
+        super().__init__(code, message)
         self.code = code
         self.message = message
+
+    def __str__(self) -> str:
+        return self.message

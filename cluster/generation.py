@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.chat import ChatMessage, ContentPart, ImagePart, TextPart
-from cluster.journal import Delta
+from cluster.generate_call import ChatPrompt, Chunk, GenerateCall, Prompt, ResumedChoice, TextPrompt, TokenPrompt, Usage
 from cluster.v1 import admin_pb2, generation_pb2
 from router.messages import FinishReason, MissingExpertPolicy, TokenLogprobs
 
@@ -21,59 +20,6 @@ POLICIES = {
     generation_pb2.ON_MISSING_EXPERT_FAIL: MissingExpertPolicy.FAIL,
     generation_pb2.ON_MISSING_EXPERT_SHARED_ONLY: MissingExpertPolicy.SHARED_ONLY,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextPrompt:
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenPrompt:
-    token_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatPrompt:
-    messages: tuple[ChatMessage, ...]
-
-
-Prompt = TextPrompt | TokenPrompt | ChatPrompt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResumedChoice:
-    """Output that the client already holds. finished: its end, too."""
-
-    token_ids: list[int]
-    finished: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateCall:
-    """One Generate call as the client made it. sampling holds the fields it set, under the API's names.
-
-    request_id is empty and seed None where the client leaves them to the gateway; resumed is by choice index.
-    """
-
-    prompt: Prompt
-    num_bytes: int
-    n: int = 1
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    request_id: str = ""
-    seed: int | None = None
-    resumed: Mapping[int, ResumedChoice] = field(default_factory=dict)
-    on_missing_expert: MissingExpertPolicy | None = None
-    cache_salt: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """completion_tokens: over all choices, resumed ones included. cached_tokens: of the prompt, in choice 0."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
 
 
 def generate_call(request: generation_pb2.GenerateRequest) -> GenerateCall:
@@ -151,19 +97,23 @@ def _policy_name(value: generation_pb2.OnMissingExpert.ValueType) -> str:
     return known[value].name if value in known else str(value)
 
 
-def generate_response(delta: Delta, text: str) -> generation_pb2.GenerateResponse:
+def generate_response(chunk: Chunk) -> generation_pb2.GenerateResponse:
+    delta = chunk.delta
     return generation_pb2.GenerateResponse(
+        request_id=chunk.request_id,
+        seed=chunk.seed,
         choice_index=delta.choice_index,
         token_ids=delta.token_ids,
-        text=text,
+        text=chunk.text,
         logprobs=[_token_logprobs(entry) for entry in delta.logprobs],
         prompt_logprobs=[_token_logprobs(entry) for entry in delta.prompt_logprobs],
         finish_reason=FINISH_REASONS[delta.finish_reason],
         degraded=delta.degraded,
+        usage=None if chunk.usage is None else _usage(chunk.usage),
     )
 
 
-def usage_message(usage: Usage) -> generation_pb2.Usage:
+def _usage(usage: Usage) -> generation_pb2.Usage:
     return generation_pb2.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.errors import ServiceError, StatusCode
 from cluster.journal import ChoiceJournal, Delta
+from cluster.outbox import Outbox
 from cluster.token_stream import StreamBrokenError, TokenStream
 from router.messages import ErrorCode, FinishReason, GenerateRequest, SequenceOutput
 
@@ -64,47 +65,6 @@ class TokenPath(Protocol):
         ...
 
     def open(self, request_id: str, attempt: int) -> TokenStream: ...
-
-
-class Outbox:
-    """What has come since the client was last served. is_urgent: something that should not wait its turn."""
-
-    def __init__(self) -> None:
-        self._deltas: dict[int, Delta] = {}
-        self._begun: set[int] = set()
-        self._news = asyncio.Event()
-        self._urgent = asyncio.Event()
-
-    def put(self, delta: Delta) -> None:
-        earlier = self._deltas.get(delta.choice_index)
-        self._deltas[delta.choice_index] = delta if earlier is None else earlier.followed_by(delta)
-        if delta.choice_index not in self._begun or delta.finish_reason is not None:
-            self._begun.add(delta.choice_index)
-            self._urgent.set()
-        self._news.set()
-
-    def wake(self) -> None:
-        """There is something to see besides tokens."""
-        self._urgent.set()
-        self._news.set()
-
-    def take(self) -> list[Delta]:
-        deltas = list(self._deltas.values())
-        self._deltas.clear()
-        self._news.clear()
-        self._urgent.clear()
-        return deltas
-
-    async def wait(self, earliest_s: float) -> None:
-        """Returns when there is news and either earliest_s (of the loop's clock) has come or it is urgent."""
-        await self._news.wait()
-        delay_s = earliest_s - asyncio.get_running_loop().time()
-        if delay_s > 0:
-            try:
-                async with asyncio.timeout(delay_s):
-                    await self._urgent.wait()
-            except TimeoutError:
-                return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,16 +122,24 @@ class ChoiceRun:
             call = asyncio.create_task(self._routers.generate(request))
             call.add_done_callback(lambda call: _end_stream(stream, call))
             try:
-                async for output in stream:
-                    self._accept(output)
-            except StreamBrokenError as error:
-                if call.done():
-                    _check_end(call.result())
-                raise RouterLostError(str(error)) from None
-            finally:
-                # One that is over does not mind; any other is aborted with its router.
+                await self._follow(stream, call)
+            except BaseException:
+                # However this attempt failed, its router must not go on with it.
                 call.cancel()
                 await asyncio.wait([call])
+                raise
+        # The call returns about now; nobody needs to wait for that.
+        asyncio.get_running_loop().call_later(LAST_TOKENS_TIMEOUT_S, call.cancel)
+
+    async def _follow(self, stream: TokenStream, call: asyncio.Task[CallEnd]) -> None:
+        """To the end of the choice. Raises what the call raised, where that is why no more tokens come."""
+        try:
+            async for output in stream:
+                self._accept(output)
+        except StreamBrokenError as error:
+            if call.done():
+                _check_end(call.result())
+            raise RouterLostError(str(error)) from None
 
     def _accept(self, output: SequenceOutput) -> None:
         match output.finish_reason:
@@ -197,7 +165,7 @@ class Relay:
             for journal in journals
         ]
 
-    async def batches(self) -> AsyncIterator[list[Delta]]:
+    async def batches(self) -> AsyncGenerator[list[Delta]]:
         """News, at most one Delta per choice at a time, until every choice has ended.
 
         Raises ServiceError as soon as one choice fails, after the tokens that had come. Leaving the iteration
@@ -214,7 +182,7 @@ class Relay:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _until_done(self, tasks: Sequence[asyncio.Task[None]]) -> AsyncIterator[list[Delta]]:
+    async def _until_done(self, tasks: Sequence[asyncio.Task[None]]) -> AsyncGenerator[list[Delta]]:
         earliest_s = 0.0
         while True:
             done = [task for task in tasks if task.done()]

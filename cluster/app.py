@@ -1,0 +1,73 @@
+"""The service as a Serve application: `build` is what `arriero serve` runs and what `serve deploy` imports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from cluster.config import ServiceConfig, parse_config
+from cluster.gateway import Gateway
+from cluster.router_replica import RouterReplica
+
+ROUTER = "Router"
+GATEWAY = "Gateway"
+HEALTH_CHECK_PERIOD_S = 1.0
+HEALTH_CHECK_TIMEOUT_S = 30.0
+# Calls that are not generation (status, health, tokenizing) must get in however many streams are open.
+SPARE_CALLS = 1000
+# Engines compute in processes and threads of their own; idle ones must not burn the cores of the others.
+ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+
+
+def build(args: dict[str, Any]) -> Application:
+    """args: the keys of ServiceConfig. Raises ConfigError naming every key that is unknown, missing or wrong."""
+    config = parse_config(args)
+    values = config.model_dump()
+    router = serve.deployment(**_router_options(config))(RouterReplica).bind(values)
+    gateway = serve.deployment(**_gateway_options(config))(Gateway).bind(values, router)
+    return gateway
+
+
+def _router_options(config: ServiceConfig) -> dict[str, Any]:
+    return {
+        **_common_options(config),
+        "name": ROUTER,
+        "num_replicas": config.routers,
+        "max_ongoing_requests": calls_per_router(config),
+        "max_queued_requests": config.max_queued_requests,
+        "ray_actor_options": {
+            "num_cpus": config.router_num_cpus,
+            "num_gpus": 1.0 if config.device == "cuda" else 0.0,
+            "runtime_env": ENVIRONMENT,
+        },
+    }
+
+
+def _gateway_options(config: ServiceConfig) -> dict[str, Any]:
+    # A router's queue refuses; the gateway itself must never be what is full.
+    open_calls = config.routers * calls_per_router(config) + config.max_queued_requests
+    return {
+        **_common_options(config),
+        "name": GATEWAY,
+        "num_replicas": config.gateways,
+        "max_ongoing_requests": open_calls + SPARE_CALLS,
+        "ray_actor_options": {"num_cpus": config.gateway_num_cpus},
+    }
+
+
+def _common_options(config: ServiceConfig) -> dict[str, Any]:
+    return {
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        # A start that failed has a reason that another start would meet again.
+        "max_constructor_retry_count": 1,
+    }
+
+
+def calls_per_router(config: ServiceConfig) -> int:
+    """One batch runs, and one waits in the engine, so that a finished sequence's place is taken at the next step."""
+    return 2 * config.max_num_seqs
