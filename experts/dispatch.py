@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from experts.placement import ShardId
 from experts.routed_rows import ExpertSpan, RoutedRows, combine_rows, route_rows, tokens_of_rows
 from experts.shard import Shard
 
@@ -46,7 +47,12 @@ class Handle:
 
 
 class Dispatcher(Protocol):
-    """One router rank's way to the experts. Not thread-safe: it belongs to the engine's thread."""
+    """One router rank's way to the experts. Not thread-safe: it belongs to the engine's thread.
+
+    lost: why each shard that is masked was given up; the reason names shard, layer and phase.
+    """
+
+    lost: dict[ShardId, str]
 
     def begin_step(self, step: int) -> None:
         """Names the step in what follows; handles of earlier steps are abandoned. Steps must grow."""
@@ -83,6 +89,7 @@ class LocalDispatcher:
     """Experts in this process: a function call. Every slot of the model must be in the shard."""
 
     def __init__(self, shard: Shard) -> None:
+        self.lost: dict[ShardId, str] = {}
         self._shard = shard
 
     def begin_step(self, step: int) -> None:

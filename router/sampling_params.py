@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MAX_SEED = 2**63 - 1
 WHOLE_VOCABULARY = -1
+# Beyond these, float32 has nothing sensible left: temperatures below the first are greedy, as in vLLM.
+GREEDY_BELOW = 1e-5
+MAX_TEMPERATURE = 100.0
+MIN_REPETITION_PENALTY = 0.01
+MAX_REPETITION_PENALTY = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling of one choice of a request. Names and meanings follow vLLM's.
 
-    temperature: 0 is greedy. top_k: 0 is off. num_logprobs and num_prompt_logprobs: None for none, 0 for the
-    token's own, n for the n most likely as well, -1 for the whole vocabulary. seed and choice_index, together
-    with the output position, fix the sampling noise.
+    temperature: 0, or next to it, is greedy. top_k: 0 is off. num_logprobs and num_prompt_logprobs: None for none,
+    0 for the token's own, n for the n most likely as well, -1 for the whole vocabulary. seed and choice_index,
+    together with the output position, fix the sampling noise.
 
     Raises ValueError naming the field and its value.
     """
@@ -39,11 +43,15 @@ class SamplingParams:
     num_prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self._require("temperature", 0.0 <= self.temperature < math.inf, "a finite number of at least 0")
+        self._require("temperature", 0.0 <= self.temperature <= MAX_TEMPERATURE, f"in [0, {MAX_TEMPERATURE}]")
         self._require("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
         self._require("top_k", self.top_k >= 0, "at least 0")
         self._require("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
-        self._require("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "a finite number above 0")
+        self._require(
+            "repetition_penalty",
+            MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            f"in [{MIN_REPETITION_PENALTY}, {MAX_REPETITION_PENALTY}]",
+        )
         self._require("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]")
         self._require("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]")
         self._require("seed", 0 <= self.seed <= MAX_SEED, f"in [0, {MAX_SEED}]")
@@ -63,4 +71,4 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW

@@ -13,25 +13,44 @@ does not), every sequence ends.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
 from router.block_manager import BlockManager
+from router.prefix_cache.prefix import PrefixHit
 from router.sequence import Sequence, SequenceStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledSlice:
-    """The next num_tokens, at least 1, of a sequence's uncomputed tokens. Their blocks are in its tables."""
+    """The next num_tokens, at least 1, of a sequence's uncomputed tokens, from position start on.
+
+    Their blocks are in the sequence's tables. samples: the step reaches its last token, so the next can be sampled.
+    """
 
     sequence: Sequence
+    start: int
     num_tokens: int
+    samples: bool
 
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that the next can be sampled."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+@dataclass(slots=True, kw_only=True)
+class StepBudget:
+    """What is left of a step. A row of prompt logits is as wide as the vocabulary, so those are few."""
+
+    num_tokens: int
+    num_prompt_logprob_rows: int
+
+    def share(self, sequence: Sequence) -> int:
+        """How many of its uncomputed tokens the sequence may compute."""
+        share = min(self.num_tokens, sequence.num_uncomputed_tokens)
+        return min(share, self.num_prompt_logprob_rows) if sequence.num_missing_prompt_logprobs else share
+
+    def spend(self, part: ScheduledSlice) -> None:
+        self.num_tokens -= part.num_tokens
+        if part.sequence.num_missing_prompt_logprobs:
+            self.num_prompt_logprob_rows -= part.num_tokens
 
 
 class Scheduler:
@@ -45,7 +64,7 @@ class Scheduler:
         max_num_seqs: int,
         max_prompt_logprob_rows: int,
     ) -> None:
-        """max_prompt_logprob_rows bounds the prompt logits, one vocabulary per row, that a sequence asks of a step."""
+        """Both limits on a step's tokens are at least 1. max_prompt_logprob_rows is for its prompt logprobs."""
         self._block_manager = block_manager
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
@@ -53,18 +72,19 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
 
     @property
     def has_sequences(self) -> bool:
         return bool(self._running or self._waiting)
 
     @property
-    def running(self) -> Iterable[Sequence]:
-        return tuple(self._running)
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
-    def waiting(self) -> Iterable[Sequence]:
-        return tuple(self._waiting)
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def __iter__(self) -> Iterator[Sequence]:
         """All sequences, oldest first."""
@@ -83,44 +103,39 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledSlice]:
         """The next step; empty only when there are no sequences. Allocates its blocks, preempts, admits."""
+        budget = StepBudget(
+            num_tokens=self._max_num_batched_tokens, num_prompt_logprob_rows=self._max_prompt_logprob_rows
+        )
         num_preemptions = self.num_preemptions
-        scheduled = self._schedule_running()
+        scheduled = self._schedule_running(budget)
         if self.num_preemptions == num_preemptions:
-            scheduled += self._schedule_waiting(self._max_num_batched_tokens - _num_tokens(scheduled))
+            scheduled += self._schedule_waiting(budget)
         return scheduled
 
-    def _schedule_running(self) -> list[ScheduledSlice]:
+    def _schedule_running(self, budget: StepBudget) -> list[ScheduledSlice]:
         scheduled: list[ScheduledSlice] = []
-        budget = self._max_num_batched_tokens
         index = 0
         # Preempting shortens the list from its end, never before index: victims have not been scheduled yet.
-        while index < len(self._running) and budget > 0:
+        while index < len(self._running) and budget.num_tokens:
             sequence = self._running[index]
             index += 1
-            num_tokens = self._make_room(sequence, self._wanted(sequence, budget))
+            share = budget.share(sequence)
+            num_tokens = self._make_room(sequence, share) if share else 0
             if num_tokens:
-                scheduled.append(self._allocate(sequence, num_tokens))
-                budget -= num_tokens
+                scheduled.append(self._allocate(sequence, num_tokens, budget))
         return scheduled
 
-    def _schedule_waiting(self, budget: int) -> list[ScheduledSlice]:
+    def _schedule_waiting(self, budget: StepBudget) -> list[ScheduledSlice]:
         scheduled: list[ScheduledSlice] = []
-        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
+        while self._waiting and len(self._running) < self._max_num_seqs and budget.share(self._waiting[0]):
             sequence = self._waiting[0]
             hit = self._block_manager.find_prefix(sequence)
             if not self._block_manager.can_admit(sequence, hit):
                 break
-            self._admit(self._waiting.popleft())
-            self._block_manager.adopt(sequence, hit)
-            wanted = self._wanted(sequence, budget)
-            num_tokens = self._block_manager.num_tokens_that_fit(sequence, wanted)
-            scheduled.append(self._allocate(sequence, num_tokens))
-            budget -= num_tokens
+            self._admit(self._waiting.popleft(), hit)
+            num_tokens = self._block_manager.num_tokens_that_fit(sequence, budget.share(sequence))
+            scheduled.append(self._allocate(sequence, num_tokens, budget))
         return scheduled
-
-    def _wanted(self, sequence: Sequence, budget: int) -> int:
-        wanted = min(sequence.num_uncomputed_tokens, budget)
-        return min(wanted, self._max_prompt_logprob_rows) if sequence.num_missing_prompt_logprobs else wanted
 
     def _make_room(self, sequence: Sequence, wanted: int) -> int:
         """Preempts the youngest until at least one token fits; 0 when the sequence itself was the youngest."""
@@ -133,11 +148,22 @@ class Scheduler:
             if youngest is sequence:
                 return 0
 
-    def _allocate(self, sequence: Sequence, num_tokens: int) -> ScheduledSlice:
+    def _allocate(self, sequence: Sequence, num_tokens: int, budget: StepBudget) -> ScheduledSlice:
         self._block_manager.allocate(sequence, num_tokens)
-        return ScheduledSlice(sequence=sequence, num_tokens=num_tokens)
+        part = ScheduledSlice(
+            sequence=sequence,
+            start=sequence.num_computed_tokens,
+            num_tokens=num_tokens,
+            samples=num_tokens == sequence.num_uncomputed_tokens,
+        )
+        budget.spend(part)
+        return part
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: Sequence, hit: PrefixHit) -> None:
+        self._block_manager.adopt(sequence, hit)
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens = min(hit.num_tokens, sequence.num_prompt_tokens)
+            self.num_cached_tokens += sequence.num_cached_tokens
         sequence.status = SequenceStatus.RUNNING
         self._running.append(sequence)
 
@@ -147,7 +173,3 @@ class Scheduler:
         sequence.num_preemptions += 1
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
-
-
-def _num_tokens(scheduled: Iterable[ScheduledSlice]) -> int:
-    return sum(part.num_tokens for part in scheduled)

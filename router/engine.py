@@ -1,0 +1,270 @@
+"""The engine: requests in, tokens out, one step at a time. Nothing here waits, and nothing knows of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as ListOf
+from typing import Protocol
+
+import torch
+
+from experts.dispatch import Dispatcher
+from experts.load import ExpertLoad
+from router.batch import Batch, build_batch
+from router.block_geometry import BlockGeometry
+from router.block_manager import BlockManager
+from router.config import ModelConfig
+from router.engine_limits import EngineLimits
+from router.finish import finish_reason, finish_reason_of_resumed
+from router.kv_cache import KvCache
+from router.messages import (
+    EngineStats,
+    ErrorCode,
+    FinishReason,
+    GenerateRequest,
+    MissingExpertPolicy,
+    SequenceOutput,
+)
+from router.model import ForwardResult
+from router.prefix_cache.block_hash import root_hash
+from router.request_check import check_request
+from router.sampler import Sampled
+from router.sampling_state import SamplingState
+from router.scheduler import Scheduler
+from router.sequence import Sequence, SequenceStatus
+from router.sequence_output import StepFailure, sequence_output
+from router.step_part import StepPart, lay_out
+from router.step_sampling import collect_prompt_logprobs, sample_parts
+
+__all__ = ["Engine", "EngineLimits"]
+
+
+class Model(Protocol):
+    """What a step needs of router.model.Llama4Model."""
+
+    device: torch.device
+
+    def forward(self, batch: Batch, kv: KvCache, dispatcher: Dispatcher) -> ForwardResult: ...
+
+
+class Engine:
+    """Continuous batching over one model and one KV cache.
+
+    Not thread-safe: one thread calls add, abort and step. An exception out of step() is fatal: the sequences and
+    the cache are then no longer in agreement.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        kv_cache: KvCache,
+        dispatcher: Dispatcher,
+        config: ModelConfig,
+        limits: EngineLimits,
+        on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.FAIL,
+        weights_version: int = 0,
+        expert_load: ExpertLoad | None = None,
+    ) -> None:
+        """on_missing_expert is for requests that do not say. weights_version keys the prefix cache. expert_load is
+        of experts in this process. Raises ValueError when the block size does not divide the attention chunk."""
+        self._model = model
+        self._kv_cache = kv_cache
+        self._dispatcher = dispatcher
+        self._config = config
+        self._limits = limits
+        self._on_missing_expert = on_missing_expert
+        self._weights_version = weights_version
+        self._expert_load = expert_load
+        self._block_manager = BlockManager(
+            geometry=BlockGeometry(block_size=limits.block_size, attention_chunk_size=config.attention_chunk_size),
+            num_global_blocks=limits.num_global_blocks,
+            num_local_blocks=limits.num_local_blocks,
+        )
+        self._scheduler = Scheduler(
+            self._block_manager,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_prompt_logprob_rows=limits.max_prompt_logprob_rows,
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._ended_at_add: dict[str, SequenceOutput] = {}
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_degraded_tokens = 0
+
+    # Requests
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queues a request. Raises ValueError, naming field and value, for one that cannot be served."""
+        check_request(
+            request,
+            vocab_size=self._config.vocab_size,
+            eos_token_ids=self._config.eos_token_ids,
+            limits=self._limits,
+        )
+        if request.request_id in self._sequences or request.request_id in self._ended_at_add:
+            raise ValueError(f"request_id {request.request_id!r} is open already")
+        sequence = self._new_sequence(request)
+        reason = finish_reason_of_resumed(sequence)
+        if reason is not None:
+            self._ended_at_add[request.request_id] = sequence_output(sequence, finish_reason=reason)
+            return
+        # The last token that is sampled is never computed.
+        if not self._block_manager.can_ever_fit(sequence.max_total_tokens - 1):
+            raise ValueError(
+                f"max_tokens {request.params.max_tokens} after {sequence.num_prompt_tokens} prompt tokens does not "
+                f"fit the KV cache, even alone"
+            )
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+        self._num_prompt_tokens += sequence.num_prompt_tokens
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request and frees its blocks at once; it gets no further output. An unknown one is no error: it
+        may just have ended."""
+        self._ended_at_add.pop(request_id, None)
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.remove(sequence)
+
+    def _new_sequence(self, request: GenerateRequest) -> Sequence:
+        params = request.params
+        # Prompt log probabilities go out with the first output, so whoever resumes has them.
+        wants_prompt_logprobs = params.num_prompt_logprobs is not None and not request.resume_ids
+        return Sequence(
+            request=request,
+            missing_expert_policy=request.on_missing_expert or self._on_missing_expert,
+            root_hash=root_hash(weights_version=self._weights_version, cache_salt=request.cache_salt),
+            max_total_tokens=min(len(request.prompt_ids) + params.max_tokens, self._limits.max_model_len),
+            sampling=SamplingState(
+                params,
+                prompt_ids=request.prompt_ids,
+                output_ids=request.resume_ids,
+                eos_token_ids=self._config.eos_token_ids,
+                vocab_size=self._config.vocab_size,
+                device=self._model.device,
+            ),
+            token_ids=request.prompt_ids + request.resume_ids,
+            prompt_logprobs=[None] if wants_prompt_logprobs else None,
+        )
+
+    # The step
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() would do or return anything."""
+        return bool(self._sequences or self._ended_at_add)
+
+    @torch.inference_mode()
+    def step(self) -> list[SequenceOutput]:
+        """Schedule, forward, sample, update. Returns what is new, at most one output per request."""
+        outputs = list(self._ended_at_add.values())
+        self._ended_at_add.clear()
+        parts = lay_out(self._scheduler.schedule())
+        assert bool(parts) == bool(self._sequences), "a step without progress"
+        if parts:
+            result = self._forward(parts)
+            failures = self._find_failures(parts, result)
+            sampled = sample_parts((part for part in parts if part.sequence not in failures), result.logits_LV)
+            outputs += self._update(parts, failures, sampled, result.logits_LV)
+        return outputs
+
+    def _forward(self, parts: ListOf[StepPart]) -> ForwardResult:
+        self._num_steps += 1
+        self._dispatcher.begin_step(self._num_steps)
+        slices = [part.model_slice() for part in parts]
+        batch = build_batch(slices, self._config, self._limits.block_size, self._model.device)
+        return self._model.forward(batch, self._kv_cache, self._dispatcher)
+
+    def _find_failures(self, parts: ListOf[StepPart], result: ForwardResult) -> dict[Sequence, StepFailure]:
+        """Sequences that cannot go on; marks those as degraded that go on without an expert."""
+        failures: dict[Sequence, StepFailure] = {}
+        missing = [] if result.missing_T is None else result.missing_T.tolist()
+        is_finite = result.logits_LV.amax(dim=-1).isfinite().tolist()
+        for part in parts:
+            num_missing = sum(missing[part.token_rows])
+            if num_missing and part.sequence.missing_expert_policy is MissingExpertPolicy.FAIL:
+                failures[part.sequence] = self._missing_expert()
+            elif part.sample_row is not None and not is_finite[part.sample_row]:
+                failures[part.sequence] = StepFailure(code=ErrorCode.INTERNAL, error="the logits are not finite")
+            elif num_missing:
+                part.sequence.degraded = True
+                self._num_degraded_tokens += num_missing
+        return failures
+
+    def _missing_expert(self) -> StepFailure:
+        reasons = "; ".join(self._dispatcher.lost.values()) or "no shard is reported lost"
+        return StepFailure(code=ErrorCode.UNAVAILABLE, error=f"an expert cannot be reached: {reasons}")
+
+    def _update(
+        self,
+        parts: ListOf[StepPart],
+        failures: Mapping[Sequence, StepFailure],
+        sampled: Mapping[Sequence, Sampled],
+        logits_LV: torch.Tensor,
+    ) -> list[SequenceOutput]:
+        outputs: list[SequenceOutput] = []
+        for part in parts:
+            sequence = part.sequence
+            if sequence in failures:
+                outputs.append(self._fail(sequence, failures[sequence]))
+                continue
+            collect_prompt_logprobs(part, logits_LV)
+            self._block_manager.advance(sequence, part.scheduled.num_tokens)
+            if sequence in sampled:
+                outputs.append(self._append(sequence, sampled[sequence]))
+        return outputs
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> SequenceOutput:
+        """Gives the sequence its next token, ending it if that is its last."""
+        sequence.token_ids.append(sampled.token_id)
+        sequence.sampling.append(sampled.token_id)
+        self._num_generated_tokens += 1
+        reason = finish_reason(sequence)
+        if reason is not None:
+            self._end(sequence)
+        return sequence_output(sequence, sampled=sampled, finish_reason=reason)
+
+    def _fail(self, sequence: Sequence, failure: StepFailure) -> SequenceOutput:
+        self._end(sequence)
+        return sequence_output(sequence, finish_reason=FinishReason.ERROR, failure=failure)
+
+    def _end(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self._scheduler.remove(sequence)
+
+    # What others look at
+
+    def stats(self) -> EngineStats:
+        """A snapshot between two steps."""
+        pools = {"global": self._block_manager.global_pool, "local": self._block_manager.local_pool}
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_waiting_tokens=sum(sequence.num_uncomputed_tokens for sequence in self._scheduler),
+            num_free_blocks={name: pool.num_free for name, pool in pools.items()},
+            num_blocks={name: pool.num_usable for name, pool in pools.items()},
+            num_steps=self._num_steps,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_cached_tokens=self._scheduler.num_cached_tokens,
+            num_degraded_tokens=self._num_degraded_tokens,
+            lost_shards={str(shard_id): reason for shard_id, reason in self._dispatcher.lost.items()},
+            expert_load=[] if self._expert_load is None else self._expert_load.snapshot(),
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts between two steps that sequences, queues, blocks and hashes agree. Slow: for tests."""
+        sequences = list(self._scheduler)
+        assert {sequence.request_id: sequence for sequence in sequences} == self._sequences, "a sequence is lost"
+        assert len(sequences) == len(self._sequences), "a sequence is queued twice"
+        for index, sequence in enumerate(sequences):
+            is_running = index < self._scheduler.num_running
+            assert sequence.status is (SequenceStatus.RUNNING if is_running else SequenceStatus.WAITING)
+            assert is_running or not (sequence.global_blocks or sequence.local_blocks), "a waiting one holds blocks"
+            assert sequence.num_computed_tokens < sequence.num_tokens <= sequence.max_total_tokens
+            assert sequence.sampling.num_output_tokens == sequence.num_output_tokens
+        self._block_manager.check_integrity(sequences)
