@@ -15,6 +15,7 @@ import torch
 
 from experts.checkpoint import Checkpoint
 from experts.linear import PackedLinear
+from experts.memory import return_freed_memory
 from experts.mlp import Mlp
 from router.attention import AttentionWeights
 from router.config import ModelConfig
@@ -113,9 +114,11 @@ class _Reader:
 
     def linear(self, *names: str) -> PackedLinear:
         """One layer of the rows of all the named matrices."""
-        if len(names) == 1:
-            return PackedLinear(self.tensor(names[0]))
-        return PackedLinear(torch.cat([self.tensor(name) for name in names]))
+        weights = [self.tensor(name) for name in names]
+        packed = PackedLinear(weights[0] if len(weights) == 1 else torch.cat(weights))
+        del weights
+        return_freed_memory()
+        return packed
 
     def mlp(self, prefix: str) -> Mlp:
         return Mlp(
