@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-NUM_BYTES = 256
+from cluster.byte_alphabet import NUM_BYTES, byte_characters
 
 # Offsets in the published vocabulary, which starts its special tokens at 200000. Unnamed ones are reserved.
 _NAMED_OFFSETS = {
@@ -47,8 +47,7 @@ PAD_TOKEN_ID = SPECIAL_TOKENS["<|finetune_right_pad|>"]
 
 def build_tokenizer() -> Tokenizer:
     """Encodes text as its UTF-8 bytes after ``<|begin_of_text|>``, the way the published tokenizer does."""
-    characters = _byte_characters()
-    vocab = {character: byte for byte, character in enumerate(characters)}
+    vocab = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,13 +81,3 @@ def _special_names() -> list[str]:
         name_of.get(token_id, f"<|reserved_special_token_{token_id - NUM_BYTES}|>")
         for token_id in range(NUM_BYTES, VOCAB_SIZE)
     ]
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (as GPT-2 chose them).
-
-    Printable Latin-1 bytes stand for themselves; the others take the characters from U+0100 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(NUM_BYTES + others.index(byte)) for byte in range(NUM_BYTES)]

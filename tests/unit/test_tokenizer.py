@@ -10,7 +10,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.byte_tokenizer import NUM_BYTES, SPECIAL_TOKENS, write_tokenizer
+from cluster.byte_alphabet import NUM_BYTES
+from cluster.byte_tokenizer import SPECIAL_TOKENS, write_tokenizer
 from cluster.detokenizer import MAX_BYTES_PER_CHARACTER, Detokenizer
 from cluster.tokenizer import Tokenizer
 
