@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -31,8 +32,8 @@ TEXT_PREFIXES = {"llama4": "language_model.", "llama4_text": ""}
 # Weights are floats of these types; others (quantised ones) would need scales that we do not read.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# Enough for a disk's full speed, and small against the weights that are being converted.
-CONVERT_BYTES = 16 * 2**20
+# Enough for a disk's full speed, and small against the weights that pass through.
+PIECE_BYTES = 4 * 2**20
 
 
 class Checkpoint:
@@ -100,26 +101,43 @@ class Checkpoint:
         """
         info = self.info(name)
         shape, skipped = _part(info, index)
-        result = torch.empty(shape, dtype=dtype or info.dtype)
+        if dtype is None or dtype == info.dtype:
+            return self._read_elements(info, skipped, shape)
+        result = torch.empty(shape, dtype=dtype)
         flat = result.view(-1)
-        piece = CONVERT_BYTES // info.dtype.itemsize
+        for start, piece in self._pieces(info, skipped, (len(flat),)):
+            flat[start : start + len(piece)] = piece
+        return result
+
+    def read_pieces(self, name: str, *, index: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """One entry of the first axis in runs of whole rows, each with the number of rows before it.
+
+        For callers that change the layout while they read: they never hold the checkpoint's layout in full.
+        """
+        info = self.info(name)
+        shape, skipped = _part(info, index)
+        yield from self._pieces(info, skipped, shape)
+
+    def _pieces(self, info: TensorInfo, skipped: int, shape: tuple[int, ...]) -> Iterator[tuple[int, torch.Tensor]]:
+        num_rows, row_shape = shape[0], shape[1:]
+        row_elements = prod(row_shape)
+        rows_per_piece = max(1, PIECE_BYTES // max(1, row_elements * info.dtype.itemsize))
+        for start in range(0, num_rows, rows_per_piece):
+            piece_shape = (min(rows_per_piece, num_rows - start), *row_shape)
+            yield start, self._read_elements(info, skipped + start * row_elements, piece_shape)
+
+    def _read_elements(self, info: TensorInfo, skipped: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The elements that follow the first ``skipped``, row-major, as a tensor of ``shape``."""
+        result = torch.empty(shape, dtype=info.dtype)
         try:
             with FileIO(info.path) as file:
-                if flat.dtype == info.dtype:
-                    self._read_into(file, info, skipped, flat)
-                    return result
-                for start in range(0, len(flat), piece):
-                    raw = torch.empty(min(piece, len(flat) - start), dtype=info.dtype)
-                    self._read_into(file, info, skipped + start, raw)
-                    flat[start : start + piece] = raw
+                self._fill(result, file, info, info.offset + skipped * info.dtype.itemsize)
         except OSError as error:
             raise CheckpointError(f"{info.path}: tensor {info.name}: {error.strerror}") from error
         return result
 
-    def _read_into(self, file: FileIO, info: TensorInfo, skipped: int, flat: torch.Tensor) -> None:
-        """Fills ``flat`` (one axis, the tensor's dtype) with the elements that follow the first ``skipped``."""
-        buffer = flat.view(torch.uint8).numpy().data
-        offset = info.offset + skipped * info.dtype.itemsize
+    def _fill(self, result: torch.Tensor, file: FileIO, info: TensorInfo, offset: int) -> None:
+        buffer = result.view(-1).view(torch.uint8).numpy().data
         filled = 0
         # One call moves at most 2 GiB.
         while filled < len(buffer):
