@@ -47,6 +47,15 @@ class Steppable(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine ready to serve. close frees what outlives a step: lanes, mostly."""
+
+    engine: Steppable
+    capacity: str
+    close: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRequest:
     attempt: int
     return_address: str

@@ -13,29 +13,19 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import NoReturn
 
 import msgspec
 
-from router.engine_loop import EngineLoop, Steppable
+from router.engine_loop import BuiltEngine, EngineLoop
 from router.heartbeat import HeartbeatThread
 from router.messages import Failed, FromEngine, Ready, Start, ToEngine, decode_to_engine, encode
 from router.parent_death import end_with_parent
 from router.token_links import TokenLinks
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltEngine:
-    """An engine ready to serve. close frees what outlives a step: lanes, mostly."""
-
-    engine: Steppable
-    capacity: str
-    close: Callable[[], None]
 
 
 BuildEngine = Callable[[Start], BuiltEngine]

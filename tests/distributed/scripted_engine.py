@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 import time
 
+from router.engine_loop import BuiltEngine
 from router.messages import EngineStats, FinishReason, GenerateRequest, SequenceOutput, Start
-from router.process import BuiltEngine, enter, serve
+from router.process import enter, serve
 
 FAILING_STEP = 666
 HANGING_STEP = 777

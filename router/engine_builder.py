@@ -1,0 +1,146 @@
+"""From Start to an engine that can take its first request: checkpoint, weights, experts, KV cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from experts.checkpoint import Checkpoint
+from experts.dispatch import Dispatcher, LocalDispatcher
+from experts.epoch import Epoch
+from experts.hub import resolve_model
+from experts.lane import LaneDispatcher
+from experts.load import ExpertLoad
+from experts.placement import ShardId, Slot
+from experts.shard import Shard
+from experts.weights import load_slots, validate_experts
+from router.capacity import KvCapacity, KvDemand, fitting_capacity, fixed_capacity
+from router.config import ModelConfig
+from router.engine import Engine
+from router.engine_limits import EngineLimits
+from router.engine_loop import BuiltEngine
+from router.kv_cache import KvCache, KvCacheSpec, KvGroup
+from router.memory import free_bytes
+from router.messages import EngineSettings, Start
+from router.model import Llama4Model
+from router.weights import load_router, validate_router
+
+logger = logging.getLogger(__name__)
+
+# Of the memory that is free once the weights are loaded. Other routers and shards may share a host's memory; a
+# GPU is a router's own, but computing takes some of it.
+_KV_SHARE_OF_HOST = 0.25
+_KV_SHARE_OF_GPU = 0.85
+_PROGRESS_STEPS = 10
+
+
+def build_engine(start: Start) -> BuiltEngine:
+    """Checks everything that can be checked cheaply before reading weights. Raises ValueError (CheckpointError and
+    ConfigError among them) or OSError naming what is wrong."""
+    settings = start.settings
+    torch.set_num_threads(settings.num_threads)
+    dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
+    checkpoint = Checkpoint.open(resolve_model(settings.model))
+    config = ModelConfig.from_checkpoint_config(checkpoint.config)
+    spec = KvCacheSpec(config=config, dtype=dtype, block_size=config.block_size_for(settings.block_size))
+    demand = kv_demand(spec, settings)
+    validate_router(checkpoint, config)
+    if start.epoch is None:
+        validate_experts(checkpoint, config.moe_layers, config.expert_shape)
+    model = Llama4Model(config, load_router(checkpoint, config, dtype=dtype, device=device, progress=_log("router")))
+    dispatcher, expert_load = _make_dispatcher(start, checkpoint, config, dtype, device)
+    capacity = kv_capacity(demand, settings, device)
+    kv_cache = KvCache(
+        spec,
+        num_global_blocks=capacity.num_global_blocks,
+        num_local_blocks=capacity.num_local_blocks,
+        device=device,
+    )
+    engine = Engine(
+        model=model,
+        kv_cache=kv_cache,
+        dispatcher=dispatcher,
+        config=config,
+        limits=_limits(settings, spec, capacity),
+        on_missing_expert=settings.on_missing_expert,
+        weights_version=start.weights_version,
+        expert_load=expert_load,
+    )
+    return BuiltEngine(engine=engine, capacity=capacity.describe(demand), close=dispatcher.close)
+
+
+def kv_demand(spec: KvCacheSpec, settings: EngineSettings) -> KvDemand:
+    """Raises ValueError for a setting that cannot be met with any memory."""
+    return KvDemand(
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        block_size=spec.block_size,
+        attention_chunk_size=spec.config.attention_chunk_size,
+        global_block_bytes=spec.block_bytes(KvGroup.GLOBAL),
+        local_block_bytes=spec.block_bytes(KvGroup.LOCAL),
+    )
+
+
+def kv_capacity(demand: KvDemand, settings: EngineSettings, device: torch.device) -> KvCapacity:
+    """Raises ValueError saying what fits in the memory at hand."""
+    free = free_bytes(device)
+    if settings.num_kv_blocks is not None:
+        return fixed_capacity(demand, num_kv_blocks=settings.num_kv_blocks, memory_bytes=free)
+    share = settings.kv_memory_share
+    if share is None:
+        share = _KV_SHARE_OF_GPU if device.type == "cuda" else _KV_SHARE_OF_HOST
+    return fitting_capacity(demand, memory_bytes=int(free * share))
+
+
+def _make_dispatcher(
+    start: Start, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Dispatcher, ExpertLoad | None]:
+    """The load is that of experts in this process; shards report their own."""
+    if start.epoch is not None:
+        lanes = LaneDispatcher(
+            lane_id=start.router_id,
+            epoch=Epoch.from_dict(start.epoch),
+            secret=start.secret,
+            timeout_s=start.settings.lane_timeout_s,
+        )
+        for shard_id, reason in lanes.lost.items():
+            logger.warning("%s is lost from the start: %s", shard_id, reason)
+        return lanes, None
+    slots = [Slot(layer, expert) for layer in config.moe_layers for expert in range(config.num_local_experts)]
+    shard = Shard(
+        shard_id=ShardId(f"{start.router_id}-experts"),
+        slots=load_slots(checkpoint, slots, config.expert_shape, dtype=dtype, device=device, progress=_log("experts")),
+        hidden_size=config.hidden_size,
+        dtype=dtype,
+        device=device,
+        weights_version=start.weights_version,
+    )
+    return LocalDispatcher(shard), shard.load
+
+
+def _limits(settings: EngineSettings, spec: KvCacheSpec, capacity: KvCapacity) -> EngineLimits:
+    return EngineLimits(
+        max_model_len=settings.max_model_len,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        num_global_blocks=capacity.num_global_blocks,
+        num_local_blocks=capacity.num_local_blocks,
+        block_size=spec.block_size,
+        max_logprobs=settings.max_logprobs,
+    )
+
+
+def _log(what: str) -> Callable[[int, int], None]:
+    """Progress for a log: a line for each tenth."""
+    next_step = 1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal next_step
+        if total and done * _PROGRESS_STEPS >= next_step * total:
+            next_step = done * _PROGRESS_STEPS // total + 1
+            logger.info("loading %s: %d%%", what, 100 * done // total)
+
+    return progress
