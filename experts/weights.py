@@ -89,7 +89,7 @@ def _read_transposed(
     in_width = checkpoint.info(name).shape[1]
     matrices = tuple(torch.empty(out_width, in_width, dtype=dtype) for out_width in out_widths)
     for start, piece_IO in checkpoint.read_pieces(name, index=expert):
-        parts = torch.split(piece_IO, out_widths, dim=1)
+        parts = torch.split(piece_IO, list(out_widths), dim=1)
         for matrix_OI, part_IO in zip(matrices, parts, strict=True):
             # Transposing a contiguous piece by itself is three times as fast as copying into a strided place.
             matrix_OI[:, start : start + len(part_IO)] = part_IO.contiguous().T.contiguous()
