@@ -84,7 +84,7 @@ class Service:
         if drain or not self._owns_ray:
             self._delete_app(self._config.drain_timeout_s if drain else 0.0)
             if self._started_serve:
-                serve.shutdown()
+                serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 
     def _delete_app(self, drain_timeout_s: float) -> None:
@@ -115,7 +115,7 @@ def run(spec: DriverSpec) -> int:
         threading.Event().wait()
     except (KeyboardInterrupt, SystemExit):
         service.stop(drain=stop_signals.drain)
-    except Exception as error:  # noqa: BLE001 the process's edge: the supervisor prints the reason
+    except Exception as error:
         logger.info("start failed", exc_info=True)
         send_report(Report(failed=start_failure(error)))
         service.stop(drain=False)
