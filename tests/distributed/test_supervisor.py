@@ -38,7 +38,7 @@ def orphan():
     "A process in its own session whose parent is gone, deaf to what can be ignored."
     code = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\\n"
     code += "if os.fork(): os._exit(0)\\n"
-    subprocess.run([sys.executable, "-c", code + "os.setsid(); time.sleep(600)"], check=True)
+    subprocess.run([sys.executable, "-c", code + "os.setsid(); time.sleep(60)"], check=True)
 """
 
 
@@ -55,7 +55,7 @@ def supervise() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def read_line(process: subprocess.Popen[str]) -> str:
@@ -91,7 +91,7 @@ SERVES_AND_STOPS = """
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     send_report(Report(ready="ready " + spec))
-    while True: time.sleep(600)
+    while True: time.sleep(60)
 """
 
 
@@ -120,7 +120,7 @@ DEAF = """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     orphan()
     send_report(Report(ready="ready"))
-    while True: time.sleep(600)
+    while True: time.sleep(60)
 """
 
 
@@ -168,7 +168,7 @@ def test_a_signal_before_it_is_ready_stops_it_without_a_failure(
 ) -> None:
     mark = tmp_path / "started"
     process = supervise(
-        f"signal.signal(signal.SIGINT, lambda *_: sys.exit(0))\nopen({str(mark)!r}, 'w')\nwhile True: time.sleep(600)"
+        f"signal.signal(signal.SIGINT, lambda *_: sys.exit(0))\nopen({str(mark)!r}, 'w')\nwhile True: time.sleep(60)"
     )
     wait_until(mark.exists)
     process.send_signal(signal.SIGINT)
@@ -186,7 +186,7 @@ def test_a_killed_supervisor_takes_everything_with_it(supervise: Callable[..., s
         signal.signal(signal.SIGINT, lambda *_: (end_descendants(10.0), os._exit(0)))
         end_with_parent(os.getppid(), signal.SIGINT)
         send_report(Report(ready="ready"))
-        while True: time.sleep(600)
+        while True: time.sleep(60)
         """
     )
     assert read_line(process) == "ready"
