@@ -1,0 +1,355 @@
+"""The control plane against a world of plain objects: what is decided, remembered and shown."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ServiceConfig
+from cluster.control_plane import ControlPlane, Outside, RetiringError
+from cluster.desired_state import DesiredState, decode_state, encode_state
+from cluster.membership import Member, MemberId, MemberKind, MemberState
+from cluster.shard_fleet import ShardDied, ShardReport, ShardSpec, StartError
+from experts.epoch import Epoch, ShardAddress
+from experts.placement import ShardId
+
+MODEL = {
+    "model_type": "llama4_text",
+    "num_hidden_layers": 4,
+    "interleave_moe_layer_step": 2,
+    "num_local_experts": 4,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float32",
+}
+ME = Member(member_id=MemberId("controller-1"), kind=MemberKind.CONTROLLER, pid=1, node_id="n", state=MemberState.READY)
+
+
+class FakeStore:
+    """Keeps bytes, as the real one does."""
+
+    def __init__(self) -> None:
+        self.data: bytes | None = None
+
+    async def load(self) -> DesiredState | None:
+        return None if self.data is None else decode_state(self.data)
+
+    async def save(self, state: DesiredState) -> None:
+        self.data = encode_state(state)
+
+    async def delete(self) -> None:
+        self.data = None
+
+
+@dataclass
+class FakeShard:
+    spec: ShardSpec
+    epochs: list[int] = field(default_factory=list)
+    load: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class FakePool:
+    def __init__(self) -> None:
+        self.shards: dict[ShardId, FakeShard] = {}
+        self.num_created = 0
+        self.loading_error: str | None = None
+        self.never_loads = False
+        self.drained: list[ShardId] = []
+
+    async def living(self, shard_ids: Collection[ShardId]) -> set[ShardId]:
+        return set(shard_ids) & set(self.shards)
+
+    async def create(self, spec: ShardSpec) -> None:
+        self.num_created += 1
+        self.shards[spec.shard_id] = FakeShard(spec)
+
+    async def address(self, shard_id: ShardId) -> ShardAddress:
+        if self.loading_error is not None and shard_id.startswith("shard-1"):
+            raise ShardDied(self.loading_error)
+        if self.never_loads:
+            await asyncio.Event().wait()
+        return ShardAddress(shard_id=shard_id, node_id="n", host="h", port=1)
+
+    async def serve_epoch(self, shard_id: ShardId, epoch: Epoch) -> None:
+        self._get(shard_id).epochs.append(epoch.number)
+
+    async def report(self, shard_id: ShardId) -> ShardReport:
+        return ShardReport(pid=7, node_id="n", load=self._get(shard_id).load)
+
+    async def remove(self, shard_id: ShardId, *, drain_timeout_s: float) -> None:
+        if drain_timeout_s > 0:
+            self.drained.append(shard_id)
+        self.shards.pop(shard_id, None)
+
+    def _get(self, shard_id: ShardId) -> FakeShard:
+        if shard_id not in self.shards:
+            raise ShardDied("killed")
+        return self.shards[shard_id]
+
+
+class FakeApps:
+    def __init__(self) -> None:
+        self.present: bool | None = True
+
+    async def is_present(self, app_name: str) -> bool | None:
+        return self.present
+
+
+class FakeProbe:
+    def __init__(self) -> None:
+        self.dead: set[str] = set()
+
+    async def has_died(self, process: Any) -> bool:
+        return process in self.dead
+
+
+@dataclass
+class World:
+    config: ServiceConfig
+    store: FakeStore = field(default_factory=FakeStore)
+    pool: FakePool = field(default_factory=FakePool)
+    apps: FakeApps = field(default_factory=FakeApps)
+    probe: FakeProbe = field(default_factory=FakeProbe)
+    now_s: float = 0.0
+
+    async def controller(self) -> ControlPlane:
+        outside = Outside(store=self.store, apps=self.apps, pool=self.pool, probe=self.probe, clock=lambda: self.now_s)
+        return await ControlPlane.start(config=self.config, me=ME, num_cores=2, outside=outside)
+
+    def values(self, **changes: Any) -> dict[str, Any]:
+        return {**self.config.model_dump(), **changes}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    return World(ServiceConfig(model=str(tmp_path), shards=3, heartbeat_s=0.01, app_gone_s=30.0))
+
+
+def router(name: str = "router-1", state: MemberState = MemberState.READY) -> Member:
+    return Member(member_id=MemberId(name), kind=MemberKind.ROUTER, pid=11, node_id="n", state=state)
+
+
+def run(act: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await act()
+
+    asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def test_the_first_router_hears_of_epoch_1_once_every_shard_serves_it(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        welcome = await plane.join_router(router(), "p", world.values())
+        epoch = Epoch.from_dict(welcome["epoch"])
+        assert epoch.number == 1
+        assert [shard.epochs for shard in world.pool.shards.values()] == [[1], [1], [1]]
+        assert len(epoch.placement.slots) == 2 * 4
+        assert {shard.spec.slots for shard in world.pool.shards.values()} == set(
+            epoch.placement.slots_by_shard.values()
+        )
+        assert welcome["config"]["dtype"] == "float32"
+        assert welcome["config"]["max_model_len"] == 4096
+
+    run(act)
+
+
+def test_without_shards_a_router_holds_the_experts_and_reports_their_load(world: World) -> None:
+    async def act() -> None:
+        world.config = world.config.model_copy(update={"shards": 0})
+        plane = await world.controller()
+        welcome = await plane.join_router(router(), "p", world.values())
+        assert welcome["epoch"] is None
+        plane.heartbeat(router(), [(1, 2, 9)])
+        view = plane.view()
+        assert (view["epoch"], view["shards"], view["load"]) == (1, [], [[1, 2, 9]])
+
+    run(act)
+
+
+def test_the_view_shows_slots_states_and_load(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        for shard in world.pool.shards.values():
+            shard.load = [(slot.layer, slot.expert, 1) for slot in shard.spec.slots[:1]]
+        runs = asyncio.create_task(plane.run())
+        await until(lambda: len(plane.view()["load"]) == 3)
+        view = plane.view()
+        assert view["controller"] == {"id": "controller-1", "pid": 1, "node": "n", "state": "ready"}
+        assert [(shard["state"], shard["pid"]) for shard in view["shards"]] == [("ready", 7)] * 3
+        slots = [tuple(slot) for shard in view["shards"] for slot in shard["slots"]]
+        assert sorted(slots) == [(layer, expert) for layer in (1, 3) for expert in range(4)]
+        runs.cancel()
+
+    run(act)
+
+
+def test_a_shard_that_dies_is_seen_dead_and_its_load_still_counts(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        victim = next(iter(world.pool.shards))
+        world.pool.shards[victim].load = [(1, 0, 5)]
+        runs = asyncio.create_task(plane.run())
+        await until(lambda: plane.view()["load"] == [[1, 0, 5]])
+        del world.pool.shards[victim]
+        await until(lambda: plane.view()["shards"][0]["state"] == "dead")
+        world.now_s += 61.0
+        await until(lambda: plane.view()["shards"][0]["id"] != victim)
+        assert plane.view()["load"] == [[1, 0, 5]]
+        runs.cancel()
+
+    run(act)
+
+
+def test_a_router_whose_process_ended_is_dead_and_one_that_is_silent_suspect(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        for name in ("router-1", "router-2"):
+            await plane.join_router(router(name), name, world.values())
+        runs = asyncio.create_task(plane.run())
+        world.probe.dead.add("router-1")
+        world.now_s += 1.0
+        await until(lambda: [member["state"] for member in plane.view()["routers"]] == ["dead", "suspect"])
+        assert plane.heartbeat(router("router-2"), [])["num_ready_routers"] == 1
+        runs.cancel()
+
+    run(act)
+
+
+def test_a_shard_that_cannot_load_fails_the_start_with_its_reason_and_leaves_nothing(world: World) -> None:
+    async def act() -> None:
+        world.pool.loading_error = "tensor x is missing"
+        plane = await world.controller()
+        with pytest.raises(StartError, match=r"shard-1-\w+: loading failed: tensor x is missing"):
+            await plane.join_router(router(), "p", world.values())
+        assert world.pool.shards == {}
+        assert plane.state.shard_ids == ()
+
+    run(act)
+
+
+def test_a_failed_start_is_remembered_for_a_while_and_then_tried_anew(world: World) -> None:
+    async def act() -> None:
+        world.pool.loading_error = "tensor x is missing"
+        plane = await world.controller()
+        for _ in range(2):
+            with pytest.raises(StartError):
+                await plane.join_router(router(), "p", world.values())
+        assert world.pool.num_created == 3
+        world.pool.loading_error = None
+        world.now_s += 11.0
+        await plane.join_router(router(), "p", world.values())
+        assert world.pool.num_created == 6
+
+    run(act)
+
+
+def test_a_shard_that_loads_for_too_long_is_named(world: World) -> None:
+    async def act() -> None:
+        world.config = world.config.model_copy(update={"start_timeout_s": 0.05})
+        world.pool.never_loads = True
+        plane = await world.controller()
+        with pytest.raises(StartError, match=r"shard-\d-\w+: loading took longer than 0\.05 s"):
+            await plane.join_router(router(), "p", world.values())
+
+    run(act)
+
+
+def test_a_reborn_controller_adopts_shards_and_keeps_epoch_and_secrets_in_a_new_term(world: World) -> None:
+    async def act() -> None:
+        first = await world.controller()
+        before = await first.join_router(router(), "p", world.values())
+        second = await world.controller()
+        after = await second.join_router(router(), "p", world.values())
+        assert world.pool.num_created == 3
+        assert (after["epoch"], after["secret"]) == (before["epoch"], before["secret"])
+        assert (before["term"], after["term"]) == (1, 2)
+        assert second.state.admin_token == first.state.admin_token
+
+    run(act)
+
+
+def test_a_reborn_controller_learns_of_its_members_from_their_heartbeats(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        assert plane.heartbeat(router(), [])["known"] is False
+        plane.take_in(router(), "p")
+        assert plane.heartbeat(router(), [])["known"] is True
+        assert [member["id"] for member in plane.view()["routers"]] == ["router-1"]
+
+    run(act)
+
+
+def test_shards_created_but_not_yet_served_are_finished_by_the_next_controller(world: World) -> None:
+    async def act() -> None:
+        world.pool.never_loads = True
+        first = await world.controller()
+        await until(lambda: world.pool.num_created == 3)
+        lost = next(iter(world.pool.shards))
+        del world.pool.shards[lost]
+        world.pool.never_loads = False
+        second = await world.controller()
+        await second.join_router(router(), "p", world.values())
+        assert world.pool.num_created == 4
+        assert second.state.shard_ids == first.state.shard_ids
+
+    run(act)
+
+
+def test_an_application_gone_for_long_takes_everything_with_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.control_plane.APP_WATCH_PERIOD_S", 0.01)
+
+    async def act() -> None:
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        ids = list(world.pool.shards)
+        runs = asyncio.create_task(plane.run())
+        world.now_s += 31.0
+        assert not runs.done()
+        world.apps.present = False
+        while not runs.done():
+            world.now_s += 31.0
+            await asyncio.sleep(0.005)
+        assert world.pool.shards == {}
+        assert world.pool.drained == ids
+        assert world.store.data is None
+        with pytest.raises(RetiringError):
+            plane.join_gateway(router(), "p")
+
+    run(act)
+
+
+def test_an_application_that_comes_back_configured_anew_gets_new_shards_under_a_new_epoch(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        plane.leave(MemberId("router-1"))
+        joins = (plane.join_router(router(f"router-{i}"), "p", world.values(shards=2)) for i in (2, 3))
+        welcome, other = await asyncio.gather(*joins)
+        assert welcome["epoch"]["number"] == other["epoch"]["number"] == 2
+        assert len(world.pool.shards) == 2
+        assert world.pool.num_created == 5
+
+    run(act)
+
+
+def test_shards_in_use_are_not_replaced_under_their_routers(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        with pytest.raises(ValueError, match="other values of copies, shards: delete the application first"):
+            await plane.join_router(router("router-2"), "p", world.values(shards=4, copies=2))
+        assert len(world.pool.shards) == 3
+
+    run(act)

@@ -1,0 +1,120 @@
+import pytest
+
+from cluster.journal import ChoiceJournal, ChoicePlan, Delta
+from router.messages import FinishReason, SequenceOutput, TokenLogprobs
+from router.sampling_params import SamplingParams
+
+END = 2
+
+
+def journal(*, resume: list[int] | None = None, finished: bool = False, **params: object) -> ChoiceJournal:
+    plan = ChoicePlan(
+        engine_id="r/0",
+        prompt_ids=[7, 8],
+        params=SamplingParams(**{"max_tokens": 5, "seed": 3, **params}),  # type: ignore[arg-type]
+        resume_ids=resume or [],
+        already_finished=finished,
+    )
+    return ChoiceJournal(plan, end_token_ids=[END])
+
+
+def output(attempt: int, *token_ids: int, **fields: object) -> SequenceOutput:
+    return SequenceOutput(request_id="r/0", attempt=attempt, token_ids=list(token_ids), **fields)  # type: ignore[arg-type]
+
+
+def test_a_second_submission_carries_every_token_that_has_come() -> None:
+    entry = journal(resume=[10])
+    first = entry.submit("gateway:1")
+    assert (first.attempt, first.prompt_ids, first.resume_ids) == (0, [7, 8], [10])
+    entry.accept(output(0, 11))
+    entry.accept(output(0, 12, 13))
+    second = entry.submit("gateway:1")
+    assert (second.attempt, second.resume_ids, second.params) == (1, [10, 11, 12, 13], first.params)
+    assert first.resume_ids == [10]
+
+
+def test_late_tokens_of_an_old_attempt_are_dropped() -> None:
+    entry = journal()
+    entry.submit("g:1")
+    entry.accept(output(0, 11))
+    entry.submit("g:1")
+    assert entry.accept(output(0, 12)) is None
+    assert entry.num_completion_tokens == 1
+
+
+def test_nothing_is_accepted_after_the_end() -> None:
+    entry = journal()
+    entry.submit("g:1")
+    last = entry.accept(output(0, END, finish_reason=FinishReason.STOP))
+    assert last is not None
+    assert last.finish_reason is FinishReason.STOP
+    assert entry.accept(output(0, 12)) is None
+
+
+def test_prompt_logprobs_come_once_however_often_the_prompt_is_computed() -> None:
+    entry = journal(num_prompt_logprobs=0)
+    of_prompt = [None, TokenLogprobs(token_id=8, logprob=-1.0)]
+    assert entry.submit("g:1").params.num_prompt_logprobs == 0
+    delta = entry.accept(output(0, 11, prompt_logprobs=of_prompt))
+    assert delta is not None
+    assert delta.prompt_logprobs == (of_prompt[1],)
+    assert entry.submit("g:1").params.num_prompt_logprobs is None
+
+
+def test_a_client_that_resumes_has_its_prompt_logprobs() -> None:
+    assert journal(resume=[10], num_prompt_logprobs=0).submit("g:1").params.num_prompt_logprobs is None
+
+
+def test_cached_tokens_of_a_resubmission_are_not_the_clients_matter() -> None:
+    entry = journal()
+    entry.submit("g:1")
+    entry.accept(output(0, 11, num_cached_tokens=1))
+    entry.submit("g:1")
+    entry.accept(output(1, 12, num_cached_tokens=2))
+    assert entry.num_cached_tokens == 1
+
+
+def test_once_degraded_a_choice_stays_so() -> None:
+    entry = journal()
+    entry.submit("g:1")
+    entry.accept(output(0, 11, degraded=True))
+    entry.submit("g:1")
+    delta = entry.accept(output(1, 12))
+    assert delta is not None
+    assert delta.degraded
+
+
+@pytest.mark.parametrize(
+    ("resume", "params", "reason"),
+    [
+        ([10, END], {}, FinishReason.STOP),
+        ([10, END], {"ignore_eos": True}, None),
+        ([10, END], {"min_tokens": 3}, None),
+        ([10, 9], {"stop_token_ids": (9,)}, FinishReason.STOP),
+        ([1, 3, 4, 5, 6], {}, FinishReason.LENGTH),
+        ([1, 3, 4, 5], {}, None),
+    ],
+)
+def test_an_end_among_the_resumed_tokens_is_seen(
+    resume: list[int], params: dict[str, object], reason: FinishReason | None
+) -> None:
+    entry = journal(resume=resume, **params)
+    assert entry.finish_reason is reason
+    expected = None if reason is None else Delta(choice_index=0, finish_reason=reason)
+    assert entry.closing_delta() == expected
+
+
+def test_a_choice_whose_end_the_client_has_seen_is_silent() -> None:
+    entry = journal(resume=[10], finished=True)
+    assert entry.is_finished
+    assert entry.closing_delta() is None
+    assert entry.num_completion_tokens == 1
+
+
+def test_deltas_join_in_order() -> None:
+    first = Delta(choice_index=1, token_ids=(1, 2), degraded=True)
+    second = Delta(choice_index=1, token_ids=(3,), finish_reason=FinishReason.LENGTH)
+    joined = Delta(choice_index=1, token_ids=(1, 2, 3), finish_reason=FinishReason.LENGTH, degraded=True)
+    assert first.followed_by(second) == joined
+    with pytest.raises(ValueError, match="choice_index 0 cannot follow 1"):
+        first.followed_by(Delta(choice_index=0))

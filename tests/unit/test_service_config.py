@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ConfigError, ServiceConfig, parse_config, read_config_file
+
+
+def test_every_key_has_a_help_text() -> None:
+    without = [name for name, field in ServiceConfig.model_fields.items() if not field.description]
+    assert without == []
+
+
+def test_unknown_keys_are_errors_that_name_them() -> None:
+    with pytest.raises(ConfigError, match=r"shard: unknown key; routres: unknown key"):
+        parse_config({"model": "m", "shard": 3, "routres": 1})
+
+
+def test_a_missing_model_is_named() -> None:
+    with pytest.raises(ConfigError, match="model: required"):
+        parse_config({})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("shards", "3"), ("shards", True), ("shards", -1), ("routers", 0), ("dtype", "float16"), ("grpc_port", 70000)],
+)
+def test_values_of_the_wrong_kind_or_range_are_named(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: .*{value}"):
+        parse_config({"model": "m", key: value})
+
+
+def test_more_copies_than_shards_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"copies must be at most shards \(2\), not 3"):
+        parse_config({"model": "m", "shards": 2, "copies": 3})
+
+
+def test_one_copy_is_fine_without_shards() -> None:
+    assert parse_config({"model": "m", "shards": 0}).copies == 1
+
+
+def test_equal_ports_are_refused() -> None:
+    with pytest.raises(ConfigError, match="grpc_port must differ from http_port"):
+        parse_config({"model": "m", "grpc_port": 8000})
+
+
+def test_waiting_for_experts_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="'wait' comes with failover"):
+        parse_config({"model": "m", "on_missing_expert": "wait"})
+
+
+def test_an_application_name_must_be_fit_for_actor_names() -> None:
+    with pytest.raises(ConfigError, match="app_name"):
+        parse_config({"model": "m", "app_name": "a b"})
+
+
+def test_a_dumped_configuration_parses_to_itself() -> None:
+    config = parse_config({"model": "m", "shards": 3, "lane_timeout_s": 2})
+    assert parse_config(config.model_dump()) == config
+
+
+def test_an_empty_file_has_no_keys(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert read_config_file(path) == {}
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "3\n", "1: x\n"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"wrong\.yaml must be a mapping"):
+        read_config_file(path)
+
+
+def test_broken_yaml_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not YAML"):
+        read_config_file(path)
