@@ -137,7 +137,9 @@ class TokenLink:
     def _introduce(self, sock: socket.socket, router_id: str, secret: bytes, deadline: float) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._limits.stall_timeout_s * 1000))
+            # For a host that vanishes with all our bytes in its kernel's hands; the other cases are ours to tell.
+            dead_after_ms = round(2000 * self._limits.stall_timeout_s)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, dead_after_ms)
         challenge = _read_exactly(sock, CHALLENGE_BYTES, deadline)
         answer = make_answer(challenge, secret=secret, address=self.address, router_id=router_id)
         sock.sendall(answer)
