@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -12,10 +13,13 @@ from pydantic.fields import FieldInfo
 from cluster.config import ConfigError, ServiceConfig, parse_config, read_config_file
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field, --max-model-len for max_model_len, and --config for a YAML file of the same keys."""
+def add_config_flags(parser: argparse.ArgumentParser, *, names: Collection[str] | None = None) -> None:
+    """One flag per field (or per field in names), --max-model-len for max_model_len, and --config for a YAML file of
+    ServiceConfig's keys."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the same keys; flags override it.")
     for name, field in ServiceConfig.model_fields.items():
+        if names is not None and name not in names:
+            continue
         value_type, metavar = _value_type(name, field)
         parser.add_argument(
             flag(name), dest=name, type=value_type, metavar=metavar, help=_help(field), default=argparse.SUPPRESS

@@ -10,10 +10,11 @@ from typing import Any
 
 import ray
 
-from cluster.config import ServiceConfig, parse_config
+from cluster.config import parse_config
 from cluster.controller_link import ControllerLink
+from cluster.engine_settings import engine_settings
 from cluster.membership import Member, MemberId, MemberKind, MemberState
-from router.messages import EngineSettings, MissingExpertPolicy, Start
+from router.messages import Start
 from router.replica import Router, RouterTimeouts
 
 logger = logging.getLogger("arriero.router")
@@ -78,27 +79,6 @@ def _start_message(router_id: str, welcome: dict[str, Any]) -> Start:
         secret=welcome["secret"],
         weights_version=welcome["weights_version"],
         epoch=welcome["epoch"],
-    )
-
-
-def engine_settings(config: ServiceConfig) -> EngineSettings:
-    """config must be resolved (cluster.service_model.resolve)."""
-    assert config.dtype != "auto"
-    assert config.max_model_len is not None
-    assert config.router_threads is not None
-    return EngineSettings(
-        model=config.model,
-        dtype=config.dtype,
-        device=config.device,
-        num_threads=config.router_threads,
-        max_model_len=config.max_model_len,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs,
-        max_logprobs=config.max_logprobs,
-        block_size=config.block_size,
-        num_kv_blocks=config.num_kv_blocks,
-        on_missing_expert=MissingExpertPolicy(config.on_missing_expert),
-        lane_timeout_s=config.lane_timeout_s,
     )
 
 
