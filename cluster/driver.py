@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from pathlib import Path
 from types import FrameType
 
 from cluster.config import ServiceConfig, parse_config
@@ -27,6 +29,7 @@ logger = logging.getLogger("arriero")
 
 DELETE_TIMEOUT_S = 15.0
 DELETE_POLL_S = 0.1
+FAILURE_FILE = "start-failure.txt"
 
 
 class Stopped(KeyboardInterrupt):
@@ -74,6 +77,23 @@ class Service:
         serve.run(build(self._spec.config), name=self._config.app_name)
         return ready_line(self._config)
 
+    def why_failed(self, error: Exception) -> str:
+        """One line. The whole story, with the stack traces of all processes, goes into a file beside Ray's logs."""
+        story = "\n".join([*traceback.format_exception(error), *self._deployment_messages()])
+        Path(self._spec.temp_folder, FAILURE_FILE).write_text(story)
+        return start_failure([str(error), *self._deployment_messages()])
+
+    def _deployment_messages(self) -> list[str]:
+        """What Serve has to say about each deployment of the application, as far as there is one."""
+        import ray
+        from ray import serve
+
+        try:
+            application = serve.status().applications[self._config.app_name]
+        except (KeyError, ray.exceptions.RayError, ray.serve.exceptions.RayServeException):
+            return []
+        return [deployment.message for deployment in application.deployments.values()]
+
     def stop(self, *, drain: bool) -> None:
         """Leaves nothing of the service behind; on a Ray cluster of our own no Ray either."""
         import ray
@@ -115,9 +135,8 @@ def run(spec: DriverSpec) -> int:
         threading.Event().wait()
     except (KeyboardInterrupt, SystemExit):
         service.stop(drain=stop_signals.drain)
-    except Exception as error:
-        logger.info("start failed", exc_info=True)
-        send_report(Report(failed=start_failure(error)))
+    except Exception as error:  # noqa: BLE001 the edge of the process: reported, and written to a file
+        send_report(Report(failed=service.why_failed(error)))
         service.stop(drain=False)
         return 1
     return 0

@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 
 from cluster.config import ServiceConfig
+from cluster.engine_settings import engine_settings
 from cluster.service_model import read_model_config, resolve
 from cluster.tokenizer import Tokenizer
 from router.config import ModelConfig
@@ -18,20 +19,23 @@ from router.config import ModelConfig
 IP_VERSION_MISSING = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
-def check_model(config: ServiceConfig) -> ServiceConfig:
+def check_model(config: ServiceConfig, *, runs_here: bool = True) -> ServiceConfig:
     """Returns the configuration with an absolute path for a local folder. Downloads a model of the hub.
 
-    Reads the checkpoint's configuration, tokenizer and headers, none of the weights.
+    Reads the checkpoint's configuration, tokenizer and headers, none of the weights. runs_here: the routers will
+    be on this machine, so that its memory and devices count.
     """
     # Loads torch (the checkpoint knows its dtypes); a wrong flag should be told before that.
     from experts.hub import resolve_model
 
     folder = resolve_model(config.model)
     model = read_model_config(folder)
-    resolve(config, model, os.cpu_count() or 1)
+    resolved = resolve(config, model, os.cpu_count() or 1)
     Tokenizer(folder)
     _check_tensors(folder, model)
-    _check_device(config.device)
+    if runs_here:
+        _check_device(config.device)
+        _check_kv_cache(resolved, model)
     return config.model_copy(update={"model": str(folder.absolute())}) if Path(config.model).is_dir() else config
 
 
@@ -50,6 +54,20 @@ def _check_device(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA device on this machine")
+
+
+def _check_kv_cache(config: ServiceConfig, model: ModelConfig) -> None:
+    """In the memory that is free before any weight is loaded: what does not fit now never will. config: resolved."""
+    import torch
+
+    from router.engine_builder import kv_capacity, kv_demand
+    from router.kv_cache import KvCacheSpec
+
+    settings = engine_settings(config)
+    spec = KvCacheSpec(
+        config=model, dtype=getattr(torch, config.dtype), block_size=model.block_size_for(config.block_size)
+    )
+    kv_capacity(kv_demand(spec, settings), settings, torch.device(config.device))
 
 
 def check_ports(config: ServiceConfig) -> None:

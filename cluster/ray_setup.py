@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import sys
 
 from cluster.config import ServiceConfig
 
@@ -26,6 +27,10 @@ GRPC_SERVICERS = (
 def set_environment(ray_address: str | None) -> None:
     """Must be called before Ray is imported: it reads its environment once."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Serve logs every failed start as a stack trace, and every call; its log files have them all the same.
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if ray_address is not None:
         # Ray would otherwise decide by whether a token file happens to lie in the home directory.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")

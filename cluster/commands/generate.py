@@ -95,7 +95,7 @@ def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     return SamplingParams(
         **{name: getattr(arguments, name) for name in SAMPLING_HELP},
         seed=seed,
-        stoptoken_ids_of=arguments.stoptoken_ids_of,
+        stop_token_ids=arguments.stop_token_ids,
         ignore_eos=arguments.ignore_eos,
     )
 

@@ -7,12 +7,14 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 
 from cluster.config import ServiceConfig
 from cluster.driver_spec import DriverSpec
 from cluster.flags import add_config_flags, config_from_flags
 from cluster.preflight import check_model, check_ports
 from cluster.supervisor import Supervisor
+from cluster.token_file import find_record, remove_record, state_folder
 
 # What a stop takes besides open requests: Serve, Ray and the engines go down in about three seconds.
 STOP_TIMEOUT_S = 30.0
@@ -31,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_from_flags(arguments)
     if arguments.address is None:
         check_ports(config)
-    config = check_model(config)
+    config = check_model(config, runs_here=arguments.address is None)
     return supervise(config, arguments.address)
 
 
@@ -43,12 +45,20 @@ def supervise(config: ServiceConfig, ray_address: str | None) -> int:
     )
     supervisor = Supervisor(stop_timeout_s=STOP_TIMEOUT_S, drain_timeout_s=config.drain_timeout_s, on_ready=_print_line)
     code, failure = supervisor.run([sys.executable, "-P", "-m", "cluster.driver"], stdin=spec.to_json())
-    if failure is not None:
-        print(f"arriero serve: {failure}", file=sys.stderr)
-        print(f"arriero serve: Ray's logs are in {temp_folder}", file=sys.stderr)
-    else:
+    if ray_address is None:
+        _remove_record(config)
+    if failure is None:
         shutil.rmtree(temp_folder, ignore_errors=True)
+    else:
+        print(f"arriero serve: logs and stack traces are in {temp_folder}", file=sys.stderr)
+        print(f"arriero serve: {failure}", file=sys.stderr)
     return code
+
+
+def _remove_record(config: ServiceConfig) -> None:
+    """The controller does that itself when it may end in peace; ours went down with Ray."""
+    with suppress(FileNotFoundError):
+        remove_record(find_record(state_folder(), f"127.0.0.1:{config.grpc_port}"), state_folder())
 
 
 def _print_line(line: str) -> None:
