@@ -215,28 +215,29 @@ class LaneDispatcher:
         link = self._links.get(shard_id)
         if link is None:
             return
-        try:
-            answers = link.advance()
-            self._watch(link, shard_id)
-        except LinkError as error:
-            self._lose(shard_id, phase="wait", why=str(error))
-            return
         refused = None
-        for header in answers:
+        for header in link.advance():
             if header.kind is Kind.REFUSAL:
                 refused = header.reason
             else:
                 self._requests[shard_id].pop(header.identity).handle.num_pending -= 1
         if refused is not None:
             self._lose(shard_id, phase="wait", why=f"refused epoch {self._epoch.number}: {refused.name}")
+        elif link.broken is not None:
+            self._lose(shard_id, phase="wait", why=link.broken)
+        else:
+            self._watch(link, shard_id)
 
     def _expire(self, moving: set[ShardId], started_at: float) -> None:
         """Gives up shards past a deadline. One whose answer is just coming in gets as long again, no more."""
         now = time.monotonic()
-        for shard_id, requests in list(self._requests.items()):
-            oldest = min((request.deadline for request in requests.values()), default=now)
+        for shard_id in list(self._links):
+            # Losing one shard gives others new requests, and may lose others.
+            deadlines = [request.deadline for request in self._requests.get(shard_id, {}).values()]
+            oldest = min(deadlines, default=now)
             if now > oldest and (shard_id not in moving or now > max(oldest, started_at) + self._timeout_s):
-                self._lose(shard_id, phase="wait", why=f"no answer within {self._timeout_s} s")
+                phase = "send" if self._links[shard_id].sending else "wait"
+                self._lose(shard_id, phase=phase, why=f"no answer within {self._timeout_s:g} s")
 
     def _watch(self, link: Link, shard_id: ShardId) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.sending else 0)

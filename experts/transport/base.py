@@ -40,6 +40,10 @@ class Link(Protocol):
     def sending(self) -> bool:
         """Rows are waiting for the pair to take them."""
 
+    @property
+    def broken(self) -> str | None:
+        """Why the last ``advance`` found the pair broken; None while it is whole."""
+
     def fileno(self) -> int: ...
 
     def submit(
@@ -55,7 +59,10 @@ class Link(Protocol):
         """
 
     def advance(self) -> list[Header]:
-        """Moves what can be moved; returns the headers of the replies and refusals completed. Raises LinkError."""
+        """Moves what can be moved; returns the headers of the replies and refusals completed.
+
+        Does not raise: an answer that arrived just before the pair broke still counts. See ``broken``.
+        """
 
     def abandon(self, header: Header) -> None:
         """Nobody waits for this request any more: its answer will be read and dropped."""
@@ -80,7 +87,7 @@ class LaneEnd(Protocol):
 
     @property
     def num_unanswered(self) -> int:
-        """Requests handed out by ``receive`` and not yet answered."""
+        """Requests handed out by ``receive`` whose replies have not left entirely."""
 
     def fileno(self) -> int: ...
 

@@ -77,10 +77,11 @@ def _read_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes
 
 
 class TcpLink:
-    """Made by ``connect``. After a LinkError only ``close`` is of use: there is no silent reconnect."""
+    """Made by ``connect``. Once broken only ``close`` is of use: there is no silent reconnect."""
 
     def __init__(self, sock: socket.socket, terms: LaneTerms) -> None:
         self.terms = terms
+        self.broken: str | None = None
         self._row_bytes = terms.hidden_size * getattr(torch, terms.dtype).itemsize
         self._expected: dict[Identity, tuple[Header, list[memoryview]]] = {}
         self._arrived: list[Header] = []
@@ -105,11 +106,13 @@ class TcpLink:
         self._stream.send([opening, *(byte_view(part) for part in rows)])
 
     def advance(self) -> list[Header]:
-        self._stream.flush()
         try:
             self._stream.receive()
+            self._stream.flush()
         except MessageError as error:
-            raise LinkError(f"broke the protocol: {error}") from error
+            self.broken = f"broke the protocol: {error}"
+        except LinkError as error:
+            self.broken = str(error)
         arrived, self._arrived = self._arrived, []
         return arrived
 

@@ -85,7 +85,9 @@ class TcpLane:
 
     def __init__(self, sock: socket.socket, lane: int, rules: LaneRules) -> None:
         self.lane_id: str | None = None
-        self.num_unanswered = 0
+        self._num_computing = 0
+        # Replies handed to the stream since it was last empty.
+        self._num_leaving = 0
         self._lane = lane
         self._rules = rules
         self._arrived: list[RowRequest] = []
@@ -95,6 +97,10 @@ class TcpLane:
     @property
     def sending(self) -> bool:
         return self._stream.sending
+
+    @property
+    def num_unanswered(self) -> int:
+        return self._num_computing + (self._num_leaving if self.sending else 0)
 
     def fileno(self) -> int:
         return self._stream.fileno()
@@ -109,7 +115,8 @@ class TcpLane:
         return arrived
 
     def reply(self, request: RowRequest) -> None:
-        self.num_unanswered -= 1
+        self._num_computing -= 1
+        self._num_leaving = 1 + (self._num_leaving if self.sending else 0)
         self._stream.send([encode_header(request.header.reply()), byte_view(request.x_RD)])
 
     def flush(self) -> None:
@@ -154,5 +161,5 @@ class TcpLane:
             return
         x_RD = torch.empty(header.num_rows, self._rules.hidden_size, dtype=self._rules.dtype)
         yield byte_view(x_RD)
-        self.num_unanswered += 1
+        self._num_computing += 1
         self._arrived.append(RowRequest(header=header, rows_per_expert=rows_per_expert, x_RD=x_RD))
