@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.gateway import Gateway
+from cluster.gateway import Gateway, http_app
 from cluster.router_replica import RouterReplica
 
 ROUTER = "Router"
@@ -26,8 +26,8 @@ def build(args: dict[str, Any]) -> Application:
     config = parse_config(args)
     values = config.model_dump()
     router = serve.deployment(**_router_options(config))(RouterReplica).bind(values)
-    gateway = serve.deployment(**_gateway_options(config))(Gateway).bind(values, router)
-    return gateway
+    ingress = serve.ingress(http_app())(Gateway)
+    return serve.deployment(**_gateway_options(config))(ingress).bind(values, router)
 
 
 def _router_options(config: ServiceConfig) -> dict[str, Any]:

@@ -77,6 +77,11 @@ class ControllerLink:
     def report_now(self) -> None:
         self._due.set()
 
+    async def refresh(self, timeout_s: float) -> None:
+        """Reports now and takes the answer. Raises TimeoutError, RayError."""
+        async with asyncio.timeout(timeout_s):
+            await self._report_once()
+
     async def get_view(self, timeout_s: float) -> dict[str, Any]:
         """Raises TimeoutError, RayError."""
         assert self._controller is not None, "join first"
@@ -110,8 +115,7 @@ class ControllerLink:
     async def _report_for_ever(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    await self._report_once()
+                await self.refresh(ANSWER_TIMEOUT_S)
             except ActorDiedError:
                 # Not one that Ray starts again: somebody has killed it for good.
                 self._controller = await asyncio.to_thread(find_or_make_controller, self._config)

@@ -11,13 +11,12 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
-from experts.hub import resolve_model
 from fastapi import FastAPI, Response
 from grpc_health.v1 import health_pb2
 from ray import serve
@@ -37,6 +36,7 @@ from cluster.service_model import read_model_config, resolve
 from cluster.token_listener import TokenListener
 from cluster.tokenizer import Tokenizer
 from cluster.v1 import admin_pb2, generation_pb2
+from experts.hub import resolve_model
 
 logger = logging.getLogger("arriero.gateway")
 
@@ -44,10 +44,7 @@ logger = logging.getLogger("arriero.gateway")
 VIEW_TIMEOUT_S = 0.8
 HEALTH_SERVICES = frozenset({"", "arriero.v1.GenerationService", "arriero.v1.AdminService"})
 
-http_app = FastAPI(title="Arriero", docs_url=None, redoc_url=None, openapi_url=None)
 
-
-@serve.ingress(http_app)
 class Gateway:
     """config: a ServiceConfig as a plain dict. routers: the handle of the router deployment."""
 
@@ -135,14 +132,17 @@ class Gateway:
             if request.service not in HEALTH_SERVICES:
                 raise ServiceError(StatusCode.NOT_FOUND, f"service {request.service!r} is not known here")
             answers = health_pb2.HealthCheckResponse
-            return answers(status=answers.SERVING if self._is_serving else answers.NOT_SERVING)
+            return answers(status=answers.SERVING if await self._is_serving() else answers.NOT_SERVING)
 
-    @http_app.get("/health")
     async def health(self) -> Response:
-        return Response(status_code=200 if self._is_serving else 503)
+        """GET /health: 200 while requests can be served, else 503."""
+        return Response(status_code=200 if await self._is_serving() else 503)
 
-    @property
-    def _is_serving(self) -> bool:
+    async def _is_serving(self) -> bool:
+        """What the last heartbeat said is good enough, unless it is bad news that may be old."""
+        if self._link.num_ready_routers == 0:
+            with suppress(RayError, TimeoutError):
+                await self._link.refresh(VIEW_TIMEOUT_S)
         return self._link.num_ready_routers > 0
 
     def _decode(self, token_ids: list[int], keep_special_tokens: bool) -> str:
@@ -155,6 +155,14 @@ class Gateway:
         given = dict(grpc_context.invocation_metadata()).get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self._admin_token}".encode()):
             raise ServiceError(StatusCode.UNAUTHENTICATED, "authorization must be 'Bearer ' and the admin token")
+
+
+def http_app() -> FastAPI:
+    """The HTTP side of the gateway. Made on call: Serve pickles an app together with what its routes refer to, so
+    this module must be complete by then."""
+    app = FastAPI(title="Arriero", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_api_route("/health", Gateway.health, methods=["GET"])
+    return app
 
 
 def _node_address() -> str:

@@ -1,0 +1,155 @@
+"""One Ray with Serve for the whole session, and applications on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from cluster.app import build
+from cluster.client import ArrieroClient
+from cluster.presets import create_checkpoint
+from cluster.ray_setup import GRPC_SERVICERS
+from cluster.shard_pool import NAMESPACE
+from cluster.token_file import state_folder
+
+# Ray's processes die slowly on a loaded machine; a condition that holds is seen at once.
+WAIT_S = 60.0
+OBJECT_STORE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    grpc_address: str
+    http_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A running application."""
+
+    app_name: str
+    model: Path
+    cluster: Cluster
+
+    def client(self) -> ArrieroClient:
+        return ArrieroClient(self.cluster.grpc_address, application=self.app_name)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("application", self.app_name),)
+
+    @property
+    def admin_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (*self.metadata, ("authorization", f"Bearer {self.admin_token}"))
+
+    @property
+    def admin_token(self) -> str:
+        [path] = state_folder().glob(f"{self.app_name}-*.json")
+        return str(json.loads(path.read_text())["admin_token"])
+
+    def view(self) -> dict[str, Any]:
+        """As the controller has it."""
+        controller = ray.get_actor(f"{self.app_name}:controller", namespace=NAMESPACE)
+        view: dict[str, Any] = ray.get(controller.get_view.remote(), timeout=WAIT_S)
+        return view
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {timeout_s} s")
+        time.sleep(0.05)
+
+
+def actor_names(prefix: str) -> set[str]:
+    """Named actors of ours that live, by the beginning of their names."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return {entry["name"] for entry in named if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix)}
+
+
+def group_names(prefix: str) -> set[str]:
+    """Placement groups that exist, by the beginning of their names."""
+    table = ray.util.placement_group_table().values()
+    return {entry["name"] for entry in table if entry["state"] != "REMOVED" and entry["name"].startswith(prefix)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Ray with a temporary folder and ports of its own. Sixteen CPUs on paper: the tests' processes mostly wait."""
+    # Short: Ray's socket paths must fit into 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="ar", dir="/tmp"))
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    ray.init(
+        address="local",
+        num_cpus=16,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+        _temp_dir=str(folder / "ray"),
+        _node_ip_address="127.0.0.1",
+    )
+    http_port, grpc_port = free_port(), free_port()
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": http_port},
+        grpc_options={"port": grpc_port, "grpc_servicer_functions": list(GRPC_SERVICERS)},
+    )
+    yield Cluster(grpc_address=f"127.0.0.1:{grpc_port}", http_address=f"127.0.0.1:{http_port}")
+    serve.shutdown()
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_maverick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return create_checkpoint("tiny-maverick", tmp_path_factory.mktemp("models") / "tiny-maverick")
+
+
+RunApp = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def run_app(cluster: Cluster, tiny_maverick: Path) -> RunApp:
+    """``with run_app("name", shards=2, ...) as service``: an application, deleted afterwards with all its parts."""
+
+    @contextmanager
+    def run(app_name: str, **config: Any) -> Iterator[Service]:
+        values = {"model": str(tiny_maverick), "app_name": app_name, "dtype": "float32", "app_gone_s": 0.0, **config}
+        values = {"drain_timeout_s": 5.0, "num_kv_blocks": 256, **values}
+        try:
+            serve.run(build(values), name=app_name, route_prefix=f"/{app_name}")
+            yield Service(app_name=app_name, model=Path(values["model"]), cluster=cluster)
+        finally:
+            serve.delete(app_name)
+            wait_until(lambda: not actor_names(f"{app_name}:"), f"{app_name}: controller and shards gone")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def service(run_app: RunApp) -> Iterator[Service]:
+    """What most tests talk to: two routers and three shards (the model has eight experts per layer)."""
+    with run_app("shared", routers=2, shards=3) as running:
+        yield running
+
