@@ -373,7 +373,7 @@ class SamplingParams(_message.Message):
     Default 0.
     """
     max_tokens: _builtins.int
-    """At least 1; a choice ends after this many tokens. Default 16."""
+    """At least 1; a choice ends after this many tokens. Default: what is left of the longest sequence, at most 1024."""
     ignore_eos: _builtins.bool
     """Go on after the model's own end tokens. `stop_token_ids` still count. Default false."""
     logprobs: _builtins.int
