@@ -73,7 +73,6 @@ class Gateway:
                 max_choices=config.max_choices,
                 max_request_bytes=config.max_request_bytes,
             ),
-            end_token_ids=model.eos_token_ids,
             routers=ServeRouters(routers),
             tokens=self._tokens,
             relay_limits=_relay_limits(config),

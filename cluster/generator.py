@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -51,7 +51,6 @@ class Generator:
         *,
         tokenizer: Tokenizer,
         limits: ServiceLimits,
-        end_token_ids: Collection[int],
         routers: Routers,
         tokens: TokenPath,
         relay_limits: RelayLimits,
@@ -59,7 +58,6 @@ class Generator:
     ) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
-        self._end_token_ids = frozenset(end_token_ids)
         self._routers = routers
         self._tokens = tokens
         self._relay_limits = relay_limits
@@ -111,7 +109,7 @@ class Generator:
             request_id=request_id,
             seed=seed,
             prompt_ids=prompt_ids,
-            journals=[ChoiceJournal(plan, end_token_ids=self._end_token_ids) for plan in plans],
+            journals=[ChoiceJournal(plan) for plan in plans],
             texts=texts,
         )
 

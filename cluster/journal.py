@@ -9,7 +9,6 @@ router sends under an old attempt is dropped, so a token is passed on once whate
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from router.messages import FinishReason, GenerateRequest, MissingExpertPolicy, SequenceOutput, TokenLogprobs
@@ -60,15 +59,14 @@ class ChoicePlan:
 class ChoiceJournal:
     """One choice: what was asked, what has come, and the attempt that may still bring more."""
 
-    def __init__(self, plan: ChoicePlan, *, end_token_ids: Collection[int]) -> None:
-        """end_token_ids: the model's own; which of them count is in the parameters."""
+    def __init__(self, plan: ChoicePlan) -> None:
         self._plan = plan
         self._token_ids = list(plan.resume_ids)
         self._attempt = -1
         self._prompt_logprobs_sent = bool(plan.resume_ids)
         self._degraded = False
+        self._is_finished = plan.already_finished
         self.num_cached_tokens = 0
-        self.finish_reason = FinishReason.STOP if plan.already_finished else self._reason_in(end_token_ids)
 
     @property
     def choice_index(self) -> int:
@@ -89,7 +87,7 @@ class ChoiceJournal:
 
     @property
     def is_finished(self) -> bool:
-        return self.finish_reason is not None
+        return self._is_finished
 
     def submit(self, return_address: str) -> GenerateRequest:
         """The next attempt, with everything that has come so far."""
@@ -117,7 +115,7 @@ class ChoiceJournal:
         self._degraded |= output.degraded
         if self._attempt == 0:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        self.finish_reason = output.finish_reason
+        self._is_finished = output.finish_reason is not None
         return Delta(
             choice_index=self.choice_index,
             token_ids=tuple(output.token_ids),
@@ -127,25 +125,8 @@ class ChoiceJournal:
             degraded=self._degraded,
         )
 
-    def closing_delta(self) -> Delta | None:
-        """For a choice whose end was reached with the resumed tokens: tells it to a client that missed it."""
-        if self._plan.already_finished or self.finish_reason is None:
-            return None
-        return Delta(choice_index=self.choice_index, finish_reason=self.finish_reason)
-
     def _take_prompt_logprobs(self, output: SequenceOutput) -> tuple[TokenLogprobs, ...]:
         if output.prompt_logprobs is None or self._prompt_logprobs_sent:
             return ()
         self._prompt_logprobs_sent = True
         return tuple(entry for entry in output.prompt_logprobs if entry is not None)
-
-    def _reason_in(self, end_token_ids: Collection[int]) -> FinishReason | None:
-        """Where the resumed tokens already hold the end of the choice."""
-        params, resumed = self._plan.params, self._plan.resume_ids
-        if not resumed:
-            return None
-        if len(resumed) >= params.min_tokens and (
-            resumed[-1] in params.stop_token_ids or (not params.ignore_eos and resumed[-1] in end_token_ids)
-        ):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(resumed) >= params.max_tokens else None

@@ -90,9 +90,6 @@ class ChoiceRun:
 
     async def run(self) -> None:
         """Raises ServiceError when the choice cannot be brought to its end."""
-        closing = self.journal.closing_delta()
-        if closing is not None:
-            self._outbox.put(closing)
         deadline: float | None = None
         retry_s = FIRST_RETRY_S
         while not self.journal.is_finished:

@@ -15,7 +15,7 @@ def journal(*, resume: list[int] | None = None, finished: bool = False, **params
         resume_ids=resume or [],
         already_finished=finished,
     )
-    return ChoiceJournal(plan, end_token_ids=[END])
+    return ChoiceJournal(plan)
 
 
 def output(attempt: int, *token_ids: int, **fields: object) -> SequenceOutput:
@@ -84,30 +84,9 @@ def test_once_degraded_a_choice_stays_so() -> None:
     assert delta.degraded
 
 
-@pytest.mark.parametrize(
-    ("resume", "params", "reason"),
-    [
-        ([10, END], {}, FinishReason.STOP),
-        ([10, END], {"ignore_eos": True}, None),
-        ([10, END], {"min_tokens": 3}, None),
-        ([10, 9], {"stop_token_ids": (9,)}, FinishReason.STOP),
-        ([1, 3, 4, 5, 6], {}, FinishReason.LENGTH),
-        ([1, 3, 4, 5], {}, None),
-    ],
-)
-def test_an_end_among_the_resumed_tokens_is_seen(
-    resume: list[int], params: dict[str, object], reason: FinishReason | None
-) -> None:
-    entry = journal(resume=resume, **params)
-    assert entry.finish_reason is reason
-    expected = None if reason is None else Delta(choice_index=0, finish_reason=reason)
-    assert entry.closing_delta() == expected
-
-
 def test_a_choice_whose_end_the_client_has_seen_is_silent() -> None:
     entry = journal(resume=[10], finished=True)
     assert entry.is_finished
-    assert entry.closing_delta() is None
     assert entry.num_completion_tokens == 1
 
 

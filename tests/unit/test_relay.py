@@ -73,9 +73,7 @@ class ScriptedRouters:
 
 def journal(choice_index: int = 0, **plan: Any) -> ChoiceJournal:
     params = SamplingParams(seed=1, choice_index=choice_index, max_tokens=NUM_TOKENS)
-    return ChoiceJournal(
-        ChoicePlan(engine_id=f"r/{choice_index}", prompt_ids=[1], params=params, **plan), end_token_ids=[]
-    )
+    return ChoiceJournal(ChoicePlan(engine_id=f"r/{choice_index}", prompt_ids=[1], params=params, **plan))
 
 
 def run(act: Coroutine[Any, Any, Any]) -> Any:
@@ -281,16 +279,12 @@ def test_a_choice_that_fails_takes_the_others_with_it() -> None:
     assert routers.num_aborted == 1
 
 
-def test_a_choice_that_ended_before_is_not_submitted() -> None:
+def test_a_choice_whose_end_the_client_has_seen_is_not_submitted() -> None:
     routers = ScriptedRouters([serve_whole])
-    ended = journal(1, resume_ids=[7] * NUM_TOKENS)
-    seen = journal(2, resume_ids=[7], already_finished=True)
-    deltas = run(collect(relay_of(routers, journal(0), ended, seen)))
+    seen = journal(1, resume_ids=[7], already_finished=True)
+    deltas = run(collect(relay_of(routers, journal(0), seen)))
     assert [request.params.choice_index for request in routers.requests] == [0]
-    assert [delta for delta in deltas if delta.choice_index == 1] == [
-        Delta(choice_index=1, finish_reason=FinishReason.LENGTH)
-    ]
-    assert token_ids(deltas, 2) == []
+    assert token_ids(deltas, 1) == []
 
 
 def test_tokens_that_gather_within_the_interval_come_together() -> None:
