@@ -39,7 +39,7 @@ class TokenListener:
         self._max_batch_bytes = max_batch_bytes
         self._streams: dict[StreamKey, TokenStream] = {}
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.StreamWriter] = set()
+        self._connections: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
         self._address = ""
 
     @property
@@ -74,8 +74,10 @@ class TokenListener:
         """Hangs up on all routers; open streams break. Idempotent."""
         if self._server is not None:
             self._server.close()
-            for writer in tuple(self._connections):
+            connections = dict(self._connections)
+            for writer in connections:
                 writer.transport.abort()
+            await asyncio.gather(*connections.values())
             await self._server.wait_closed()
             self._server = None
         for stream in tuple(self._streams.values()):
@@ -87,7 +89,9 @@ class TokenListener:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One router's connection, from its first byte to its last."""
-        self._connections.add(writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[writer] = task
         router_id = "a router"
         try:
             async with asyncio.timeout(self._opening_timeout_s):
@@ -100,7 +104,7 @@ class TokenListener:
         except (asyncio.IncompleteReadError, OSError):
             logger.info("token connection of %s has ended", router_id)
         finally:
-            self._connections.discard(writer)
+            del self._connections[writer]
             self._break(writer, f"the token connection of {router_id} was lost")
             writer.close()
             with suppress(OSError):

@@ -92,7 +92,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine between two steps.
 
     num_waiting_tokens: tokens that waiting and running sequences still have to compute before they can sample.
-    Blocks are by group, "global" and "local". expert_load: (layer, expert, tokens routed there).
+    Blocks are by group, "global" and
+    "local", without the null block; free ones may be cached. expert_load: (layer, expert, tokens routed there).
     """
 
     num_running: int

@@ -21,7 +21,7 @@ import msgspec
 
 from router.engine_loop import BuiltEngine, EngineLoop
 from router.heartbeat import HeartbeatThread
-from router.messages import Failed, FromEngine, Ready, Start, ToEngine, decode_to_engine, encode
+from router.messages import Failed, FromEngine, Ready, Shutdown, Start, ToEngine, decode_to_engine, encode
 from router.parent_death import end_with_parent
 from router.token_links import TokenLinks
 
@@ -66,6 +66,8 @@ class ReplicaPipe:
 def serve(pipe: ReplicaPipe, build: BuildEngine) -> int:
     """Builds the engine that the replica asks for and runs it. Returns the exit status."""
     start = pipe.inbox.get()
+    if isinstance(start, Shutdown):
+        return 0
     assert isinstance(start, Start), f"the first message must be Start, not {type(start).__name__}"
     try:
         built = build(start)
