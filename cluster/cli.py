@@ -52,7 +52,7 @@ def _run(command: Command, arguments: argparse.Namespace) -> int:
     try:
         return command.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"arriero {arguments.command}: {error}", file=sys.stderr)
+        print(f"arriero {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
