@@ -16,6 +16,7 @@ from cluster.service_model import read_model_config, resolve
 from cluster.tokenizer import Tokenizer
 from router.config import ModelConfig
 
+EVERYWHERE = ("0.0.0.0", "::")
 IP_VERSION_MISSING = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
@@ -72,7 +73,7 @@ def _check_kv_cache(config: ServiceConfig, model: ModelConfig) -> None:
 
 def check_ports(config: ServiceConfig) -> None:
     """Both ports can be bound now, on the interfaces where Ray Serve will listen: gRPC always on all of them."""
-    for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+    for family, host in zip((socket.AF_INET, socket.AF_INET6), EVERYWHERE, strict=True):
         check_port(family, host, config.grpc_port, "grpc_port")
     try:
         family, *_, address = socket.getaddrinfo(config.http_host, config.http_port, type=socket.SOCK_STREAM)[0]
@@ -91,7 +92,9 @@ def check_port(family: socket.AddressFamily, host: str, port: int, key: str) -> 
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind((host, port))
     except OSError as error:
-        if error.errno in IP_VERSION_MISSING and host in ("0.0.0.0", "::"):
-            return
+        if error.errno in IP_VERSION_MISSING:
+            if host in EVERYWHERE:
+                return
+            raise ValueError(f"http_host: {host} is no address of this machine") from error
         reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
         raise ValueError(f"{key}: port {port} {reason} (on {host})") from error

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,13 @@ def create_checkpoint(
     expert_skew: str | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes a random checkpoint with configuration and tokenizer into the new or empty folder ``out``.
 
     ``expert_skew`` is ``SHARE:N`` (expert_skew.py). ``config_overrides`` replaces keys of the preset's
-    config.json before the weights are planned. The folder appears complete or not at all.
+    config.json before the weights are planned. The folder appears complete or not at all. ``progress`` is called
+    with the bytes of weights written so far and in all.
     Raises ValueError for an unknown preset, a bad skew, or a folder that is not empty.
     """
     if preset not in PRESETS:
@@ -123,7 +125,7 @@ def create_checkpoint(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _fill(partial, preset, config, seed=seed, skew=skew, max_shard_bytes=max_shard_bytes)
+        _fill(partial, preset, config, seed=seed, skew=skew, max_shard_bytes=max_shard_bytes, progress=progress)
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial)
@@ -132,7 +134,14 @@ def create_checkpoint(
 
 
 def _fill(
-    folder: Path, preset: str, config: dict[str, Any], *, seed: int, skew: ExpertSkew | None, max_shard_bytes: int
+    folder: Path,
+    preset: str,
+    config: dict[str, Any],
+    *,
+    seed: int,
+    skew: ExpertSkew | None,
+    max_shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
 ) -> None:
     # Loads torch, which takes seconds; whoever only asks for the presets' names should not pay for it.
     from cluster.random_weights import Initialization, write_random_weights
@@ -142,7 +151,9 @@ def _fill(
     else:
         initialization = Initialization(weight_std=config["initializer_range"], norm_std=0.2, max_rms=32.0)
     folder.chmod(0o755)
-    write_random_weights(folder, config, initialization, seed=seed, skew=skew, max_shard_bytes=max_shard_bytes)
+    write_random_weights(
+        folder, config, initialization, seed=seed, skew=skew, max_shard_bytes=max_shard_bytes, progress=progress
+    )
     write_tokenizer(folder)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", _generation_config(config))

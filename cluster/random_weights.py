@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from cluster.expert_skew import ExpertSkew
-from cluster.safetensors_writer import TensorSpec, write_checkpoint_tensors
+from cluster.safetensors_writer import Progress, TensorSpec, write_checkpoint_tensors
 
 PIECE_ELEMENTS = 4 * 2**20
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}
@@ -95,6 +95,7 @@ def write_random_weights(
     seed: int,
     skew: ExpertSkew | None,
     max_shard_bytes: int,
+    progress: Progress | None = None,
 ) -> None:
     """Writes all tensors of the model into ``folder``. Raises ValueError if the skew does not fit the model."""
     weights = plan_weights(config)
@@ -105,6 +106,7 @@ def write_random_weights(
         [weight.spec for weight in weights],
         lambda name: maker.pieces(by_name[name]),
         max_shard_bytes=max_shard_bytes,
+        progress=progress,
     )
 
 

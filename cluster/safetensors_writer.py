@@ -6,7 +6,7 @@ The header stands first in the file and holds only names, shapes and offsets; it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 
 ITEM_BYTES = {"F32": 4, "BF16": 2}
+
+Progress = Callable[[int, int], None]
+"""Called with bytes written so far and bytes in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +38,15 @@ def write_checkpoint_tensors(
     pieces_of: Callable[[str], Iterable[torch.Tensor]],
     *,
     max_shard_bytes: int,
+    progress: Progress | None = None,
 ) -> None:
     """Writes model.safetensors, or shards of at most ``max_shard_bytes`` (or one tensor) and their index.
 
     ``pieces_of(name)`` yields the tensor's values in order, in its dtype, each piece contiguous.
     """
     shards = _split(specs, max_shard_bytes)
+    if progress is not None:
+        pieces_of = _counted(pieces_of, sum(spec.num_bytes for spec in specs), progress)
     if len(shards) == 1:
         _write_file(folder / "model.safetensors", shards[0], pieces_of)
         return
@@ -51,6 +57,22 @@ def write_checkpoint_tensors(
         weight_map |= {spec.name: file_name for spec in shard}
     index = {"metadata": {"total_size": sum(spec.num_bytes for spec in specs)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _counted(
+    pieces_of: Callable[[str], Iterable[torch.Tensor]], total_bytes: int, progress: Progress
+) -> Callable[[str], Iterator[torch.Tensor]]:
+    """The same pieces; progress hears of each when the next is asked for."""
+    done_bytes = 0
+
+    def counted(name: str) -> Iterator[torch.Tensor]:
+        nonlocal done_bytes
+        for piece in pieces_of(name):
+            yield piece
+            done_bytes += piece.nbytes
+            progress(done_bytes, total_bytes)
+
+    return counted
 
 
 def _split(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:

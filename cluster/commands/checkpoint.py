@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
 from cluster.presets import PRESETS, create_checkpoint
 
 
@@ -26,6 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folder = create_checkpoint(arguments.preset, arguments.out, seed=arguments.seed, expert_skew=arguments.expert_skew)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("weights", total=None)
+        folder = create_checkpoint(
+            arguments.preset,
+            arguments.out,
+            seed=arguments.seed,
+            expert_skew=arguments.expert_skew,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     print(folder)
     return 0
