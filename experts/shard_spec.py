@@ -1,0 +1,21 @@
+"""All that a shard's process is told when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experts.placement import ShardId, Slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """model: a folder or a hub id. dtype: torch's name, for example "bfloat16". num_threads: of one matmul."""
+
+    shard_id: ShardId
+    model: str
+    slots: tuple[Slot, ...]
+    dtype: str
+    device: str
+    num_threads: int
+    secret: bytes
+    weights_version: int
