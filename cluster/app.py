@@ -8,7 +8,8 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.gateway import Gateway, http_app
+from cluster.gateway import Gateway
+from cluster.http_api import build_http_api
 from cluster.router_replica import RouterReplica
 
 ROUTER = "Router"
@@ -26,7 +27,7 @@ def build(args: dict[str, Any]) -> Application:
     config = parse_config(args)
     values = config.model_dump()
     router = serve.deployment(**_router_options(config))(RouterReplica).bind(values)
-    ingress = serve.ingress(http_app())(Gateway)
+    ingress = serve.ingress(build_http_api)(Gateway)
     return serve.deployment(**_gateway_options(config))(ingress).bind(values, router)
 
 

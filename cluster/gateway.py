@@ -1,4 +1,4 @@
-"""The gateway as a Serve ingress: gRPC methods by their bare names, and an HTTP app. It only translates.
+"""The gateway as a Serve ingress: gRPC methods by their bare names. It only translates; HTTP is http_api.py's.
 
 Serve hands a gRPC call to the method named like the last component of its path, whatever the service.
 """
@@ -17,7 +17,6 @@ from typing import Any
 
 import grpc
 import ray
-from fastapi import FastAPI, Response
 from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.exceptions import RayError
@@ -131,14 +130,10 @@ class Gateway:
             if request.service not in HEALTH_SERVICES:
                 raise ServiceError(StatusCode.NOT_FOUND, f"service {request.service!r} is not known here")
             answers = health_pb2.HealthCheckResponse
-            return answers(status=answers.SERVING if await self._is_serving() else answers.NOT_SERVING)
+            return answers(status=answers.SERVING if await self.is_serving() else answers.NOT_SERVING)
 
-    async def health(self) -> Response:
-        """GET /health: 200 while requests can be served, else 503."""
-        return Response(status_code=200 if await self._is_serving() else 503)
-
-    async def _is_serving(self) -> bool:
-        """What the last heartbeat said is good enough, unless it is bad news that may be old."""
+    async def is_serving(self) -> bool:
+        """Whether a router is ready, by the last heartbeat's word or, where that was no, by a new one's."""
         if self._link.num_ready_routers == 0:
             with suppress(RayError, TimeoutError):
                 await self._link.refresh(VIEW_TIMEOUT_S)
@@ -154,14 +149,6 @@ class Gateway:
         given = dict(grpc_context.invocation_metadata()).get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self._admin_token}".encode()):
             raise ServiceError(StatusCode.UNAUTHENTICATED, "authorization must be 'Bearer ' and the admin token")
-
-
-def http_app() -> FastAPI:
-    """The HTTP side of the gateway. Made on call: Serve pickles an app together with what its routes refer to, so
-    this module must be complete by then."""
-    app = FastAPI(title="Arriero", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route("/health", Gateway.health, methods=["GET"])
-    return app
 
 
 def _node_address() -> str:

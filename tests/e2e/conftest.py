@@ -152,4 +152,3 @@ def service(run_app: RunApp) -> Iterator[Service]:
     """What most tests talk to: two routers and three shards (the model has eight experts per layer)."""
     with run_app("shared", routers=2, shards=3) as running:
         yield running
-
