@@ -22,6 +22,7 @@ import torch
 from experts.checkpoint_error import CheckpointError as CheckpointError
 from experts.safetensors_header import TensorInfo as TensorInfo
 from experts.safetensors_header import read_header
+from experts.scratch import scratch_tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -33,7 +34,7 @@ TEXT_PREFIXES = {"llama4": "language_model.", "llama4_text": ""}
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Enough for a disk's full speed, and small against the weights that pass through.
-PIECE_BYTES = 4 * 2**20
+PIECE_BYTES = 2 * 2**20
 
 
 class Checkpoint:
@@ -102,8 +103,10 @@ class Checkpoint:
         info = self.info(name)
         shape, skipped = _part(info, index)
         if dtype is None or dtype == info.dtype:
-            return self._read_elements(info, skipped, shape)
-        result = torch.empty(shape, dtype=dtype)
+            result = scratch_tensor(shape, info.dtype)
+            self._read_into(result, info, skipped)
+            return result
+        result = scratch_tensor(shape, dtype)
         flat = result.view(-1)
         for start, piece in self._pieces(info, skipped, (len(flat),)):
             flat[start : start + len(piece)] = piece
@@ -113,6 +116,7 @@ class Checkpoint:
         """One entry of the first axis in runs of whole rows, each with the number of rows before it.
 
         For callers that change the layout while they read: they never hold the checkpoint's layout in full.
+        The runs share their memory: each is valid until the next is asked for.
         """
         info = self.info(name)
         shape, skipped = _part(info, index)
@@ -121,20 +125,20 @@ class Checkpoint:
     def _pieces(self, info: TensorInfo, skipped: int, shape: tuple[int, ...]) -> Iterator[tuple[int, torch.Tensor]]:
         num_rows, row_shape = shape[0], shape[1:]
         row_elements = prod(row_shape)
-        rows_per_piece = max(1, PIECE_BYTES // max(1, row_elements * info.dtype.itemsize))
-        for start in range(0, num_rows, rows_per_piece):
-            piece_shape = (min(rows_per_piece, num_rows - start), *row_shape)
-            yield start, self._read_elements(info, skipped + start * row_elements, piece_shape)
+        rows_per_piece = min(num_rows, max(1, PIECE_BYTES // max(1, row_elements * info.dtype.itemsize)))
+        memory = scratch_tensor((rows_per_piece, *row_shape), info.dtype)
+        for start in range(0, num_rows, max(1, rows_per_piece)):
+            piece = memory[: num_rows - start]
+            self._read_into(piece, info, skipped + start * row_elements)
+            yield start, piece
 
-    def _read_elements(self, info: TensorInfo, skipped: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """The elements that follow the first ``skipped``, row-major, as a tensor of ``shape``."""
-        result = torch.empty(shape, dtype=info.dtype)
+    def _read_into(self, result: torch.Tensor, info: TensorInfo, skipped: int) -> None:
+        """Fills a contiguous tensor with the elements that follow the first ``skipped``."""
         try:
             with FileIO(info.path) as file:
                 self._fill(result, file, info, info.offset + skipped * info.dtype.itemsize)
         except OSError as error:
             raise CheckpointError(f"{info.path}: tensor {info.name}: {error.strerror}") from error
-        return result
 
     def _fill(self, result: torch.Tensor, file: FileIO, info: TensorInfo, offset: int) -> None:
         buffer = result.view(-1).view(torch.uint8).numpy().data

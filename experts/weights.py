@@ -18,6 +18,7 @@ from experts.checkpoint import Checkpoint
 from experts.linear import PackedLinear
 from experts.mlp import Mlp
 from experts.placement import Slot
+from experts.scratch import scratch_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ def _read_transposed(
 ) -> tuple[torch.Tensor, ...]:
     """One expert's [in, out] matrix as contiguous [out, in] matrices, split along its out axis."""
     in_width = checkpoint.info(name).shape[1]
-    matrices = tuple(torch.empty(out_width, in_width, dtype=dtype) for out_width in out_widths)
+    matrices = tuple(scratch_tensor((out_width, in_width), dtype) for out_width in out_widths)
     for start, piece_IO in checkpoint.read_pieces(name, index=expert):
         parts = torch.split(piece_IO, list(out_widths), dim=1)
         for matrix_OI, part_IO in zip(matrices, parts, strict=True):
