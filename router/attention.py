@@ -52,10 +52,10 @@ class AttentionLayer:
         return self._weights.output(out_THA.flatten(1).to(x_TD.dtype))
 
     def _project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        num_kv_heads = self._config.num_key_value_heads
-        heads = self._weights.qkv(x_TD).view(len(x_TD), -1, self._config.head_dim)
-        q_THA, k_TKA, v_TKA = heads.split((self._config.num_attention_heads, num_kv_heads, num_kv_heads), dim=1)
-        return q_THA, k_TKA, v_TKA
+        first_k = self._config.num_attention_heads
+        first_v = first_k + self._config.num_key_value_heads
+        heads_THA = self._weights.qkv(x_TD).view(len(x_TD), -1, self._config.head_dim)
+        return heads_THA[:, :first_k], heads_THA[:, first_k:first_v], heads_THA[:, first_v:]
 
     def _position(
         self, q_THA: torch.Tensor, k_TKA: torch.Tensor, factors: PositionFactors
