@@ -102,7 +102,7 @@ class ServiceConfig(BaseModel):
     )
     gateway_num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray sets aside for each gateway.")
     router_num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray sets aside for each router.")
-    shard_num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray sets aside for each shard.")
+    shard_num_cpus: float = Field(0.1, gt=0, description="CPUs that Ray sets aside for each shard.")
 
     @field_validator("app_name")
     @classmethod

@@ -16,10 +16,11 @@ from cluster.config import ServiceConfig
 from cluster.desired_state import Memory
 from cluster.reconcile import shard_ids
 from cluster.service_model import read_model_config, resolve
-from cluster.shard_fleet import ShardFleet, ShardSpec, shard_specs
+from cluster.shard_fleet import ShardFleet, shard_specs
 from experts.epoch import Epoch
 from experts.hub import resolve_model
 from experts.placement import ExpertPlacement, ShardId, place
+from experts.shard_spec import ShardSpec
 from router.config import ModelConfig
 
 logger = logging.getLogger("arriero.controller")

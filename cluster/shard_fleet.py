@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from cluster.reconcile import plan_shards
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId, Slot
+from experts.shard_spec import ShardSpec
 
 logger = logging.getLogger("arriero.controller")
 T = TypeVar("T")
@@ -22,20 +23,6 @@ class ShardDied(Exception):  # noqa: N818 told, not erred
 
 class StartError(RuntimeError):
     """The service cannot start; the message names the shard, the phase and the reason."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSpec:
-    """All that a shard's process must know to load its experts and to serve."""
-
-    shard_id: ShardId
-    model: str
-    slots: tuple[Slot, ...]
-    dtype: str
-    device: str
-    num_threads: int
-    secret: bytes
-    weights_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

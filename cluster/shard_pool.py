@@ -18,9 +18,11 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.shard_fleet import ShardDied, ShardReport, ShardSpec
+from cluster.shard_fleet import ShardDied, ShardReport
+from experts.actor import ExpertShardActor
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId
+from experts.shard_spec import ShardSpec
 
 logger = logging.getLogger("arriero.controller")
 
@@ -51,8 +53,8 @@ class RayShardPool:
             logger.info("%s: waiting for %s", spec.shard_id, self._resources)
 
     async def address(self, shard_id: ShardId) -> ShardAddress:
-        address = await self._ask(shard_id, "address")
-        return ShardAddress(**address) if isinstance(address, dict) else address
+        address: ShardAddress = await self._ask(shard_id, "address")
+        return address
 
     async def serve_epoch(self, shard_id: ShardId, epoch: Epoch) -> None:
         await self._ask(shard_id, "serve_epoch", epoch.to_dict())
@@ -75,21 +77,19 @@ class RayShardPool:
         name = self._name(spec.shard_id)
         bundle = {resource: amount for resource, amount in self._resources.items() if amount}
         group = self._find_group(spec.shard_id) or placement_group([bundle], name=name, lifetime="detached")
-        self._handles[spec.shard_id] = (
-            _actor_class()
-            .options(
-                name=name,
-                namespace=NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=0,
-                num_cpus=self._resources["CPU"],
-                num_gpus=self._resources["GPU"],
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
-                runtime_env={"env_vars": {**QUIET_THREADS, "OMP_NUM_THREADS": str(spec.num_threads)}},
-            )
-            .remote(_actor_spec(spec))
+        actor_class: Any = ray.remote(ExpertShardActor)
+        shard = actor_class.options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=0,
+            num_cpus=self._resources["CPU"],
+            num_gpus=self._resources["GPU"],
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
+            runtime_env={"env_vars": {**QUIET_THREADS, "OMP_NUM_THREADS": str(spec.num_threads)}},
         )
+        self._handles[spec.shard_id] = shard.remote(spec)
         return group
 
     def _remove(self, shard_id: ShardId) -> None:
@@ -103,8 +103,8 @@ class RayShardPool:
     async def _drain(self, shard_id: ShardId, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                await self._ask(shard_id, "drain")
-                await self._ask(shard_id, "wait_closed")
+                await self._ask(shard_id, "drain", timeout_s)
+                await self._ask(shard_id, "wait_closed", timeout_s)
         except (ShardDied, TimeoutError) as error:
             logger.warning("%s did not drain: %s", shard_id, error)
 
@@ -143,17 +143,6 @@ class RayShardPool:
 
     def _name(self, shard_id: ShardId) -> str:
         return f"{self._app_name}:{shard_id}"
-
-
-def _actor_class() -> Any:
-    # Imported on use: it loads torch, which the controller otherwise does without.
-    from experts.actor import ExpertShardActor
-
-    return ray.remote(ExpertShardActor)
-
-
-def _actor_spec(spec: ShardSpec) -> Any:
-    return spec
 
 
 def reason_of(error: Exception) -> str:

@@ -10,8 +10,6 @@ from typing import Any
 import ray
 
 from experts.epoch import Epoch, ShardAddress
-from experts.server import ShardServer
-from experts.shard_loader import load_shard
 from experts.shard_spec import ShardSpec
 
 
@@ -24,6 +22,10 @@ class ExpertShardActor:
 
     def __init__(self, spec: ShardSpec) -> None:
         """Returns once the shard has loaded and listens. Raises as ``load_shard`` and ``ShardServer`` do."""
+        # Here, because they load torch, which a controller that only creates shards does without.
+        from experts.server import ShardServer
+        from experts.shard_loader import load_shard
+
         logging.basicConfig(level=logging.INFO)
         self._spec = spec
         self._node_id = ray.get_runtime_context().get_node_id()
@@ -31,7 +33,7 @@ class ExpertShardActor:
         self._server = ShardServer(
             self._shard,
             secret=spec.secret,
-            host=ray.util.get_node_ip_address(),
+            host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             num_threads=spec.num_threads,
         )
         self._server.start()

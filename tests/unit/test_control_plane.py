@@ -13,9 +13,10 @@ from cluster.config import ServiceConfig
 from cluster.control_plane import ControlPlane, Outside, RetiringError
 from cluster.desired_state import DesiredState, decode_state, encode_state
 from cluster.membership import Member, MemberId, MemberKind, MemberState
-from cluster.shard_fleet import ShardDied, ShardReport, ShardSpec, StartError
+from cluster.shard_fleet import ShardDied, ShardReport, StartError
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId
+from experts.shard_spec import ShardSpec
 
 MODEL = {
     "model_type": "llama4_text",
