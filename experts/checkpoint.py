@@ -58,7 +58,7 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: no such folder")
         config = _read_json(folder / "config.json")
         model_type = config.get("model_type")
-        if model_type not in TEXT_PREFIXES:
+        if not isinstance(model_type, str) or model_type not in TEXT_PREFIXES:
             raise CheckpointError(
                 f"{folder / 'config.json'}: unknown architecture: model_type is {model_type!r}, "
                 f"wanted one of {', '.join(TEXT_PREFIXES)}"
