@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,13 +21,14 @@ def resolve_model(model: str) -> Path:
     The hub is the one HF_ENDPOINT names; its token, cache and offline variables hold as well. A snapshot that
     is already complete is used when the hub cannot be reached. Raises CheckpointError naming the model.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))
+    # The empty name would be the current folder.
+    if model and folder.is_dir():
         return folder
     if HUB_ID.fullmatch(model) is None:
-        raise CheckpointError(f"model {model}: no such folder")
+        raise CheckpointError(f"model {model!r}: no such folder")
     if folder.exists():
-        raise CheckpointError(f"model {model}: wanted a folder, found a file")
+        raise CheckpointError(f"model {model!r}: wanted a folder, found a file")
     return _download(model)
 
 
@@ -40,5 +42,5 @@ def _download(model: str) -> Path:
         # The client lets errors of its HTTP library through, and which library that is changes by version.
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"model {model}: no such folder, and the hub did not give it: {type(error).__name__}: {reason}"
+            f"model {model!r}: no such folder, and the hub did not give it: {type(error).__name__}: {reason}"
         ) from error
