@@ -149,6 +149,7 @@ class Scheduler:
                 return 0
 
     def _allocate(self, sequence: Sequence, num_tokens: int, budget: StepBudget) -> ScheduledSlice:
+        assert num_tokens > 0, "a sequence is scheduled to compute nothing"
         self._block_manager.allocate(sequence, num_tokens)
         part = ScheduledSlice(
             sequence=sequence,

@@ -162,7 +162,7 @@ class Harness:
             outputs = self.engine.step()
         self.engine.check_integrity()
         for output in outputs:
-            assert not self.outputs[output.request_id] or self.end(output.request_id) is None, "output after the end"
+            assert self.end(output.request_id) is None, "output after the end"
             self.token_ids[output.request_id] += output.token_ids
             self.outputs[output.request_id].append(output)
         return outputs
@@ -183,7 +183,9 @@ class Harness:
         return self.outputs[request_id]
 
     def end(self, request_id: str) -> FinishReason | None:
-        return self.outputs[request_id][-1].finish_reason
+        """Why the request has ended; None while it has not."""
+        outputs = self.outputs[request_id]
+        return outputs[-1].finish_reason if outputs else None
 
     def assert_all_blocks_free(self) -> None:
         stats = self.engine.stats()

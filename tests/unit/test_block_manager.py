@@ -206,6 +206,26 @@ def test_idle_blocks_of_a_hit_do_not_count_as_free_for_the_rest() -> None:
     assert not manager.can_admit(too_long, manager.find_prefix(too_long))
 
 
+def test_idle_local_blocks_of_a_hit_do_not_count_as_free_for_the_rest() -> None:
+    manager, first = make_manager(num_local=2), make_sequence(7)
+    compute(manager, first, 7)
+    manager.free(first)
+    other = make_sequence(7, salt="other")
+    manager.allocate(other, 1)
+    second = make_sequence(7)
+    hit = manager.find_prefix(second)
+    assert hit.num_tokens == 4
+    assert not manager.can_admit(second, hit)
+
+
+def test_the_tail_of_a_freed_sequence_is_evicted_first() -> None:
+    manager, first = make_manager(num_global=5), make_sequence(20)
+    compute(manager, first, 20)
+    manager.free(first)
+    manager.allocate(make_sequence(4, salt="other"), 4)
+    assert manager.find_prefix(make_sequence(20)).num_tokens == 16
+
+
 # The integrity check itself
 
 

@@ -45,6 +45,29 @@ def test_the_first_come_is_the_first_to_end() -> None:
     assert harness.engine.stats().num_preemptions > 0
 
 
+def test_a_step_that_preempts_admits_nobody() -> None:
+    harness = Harness(num_free_blocks={"global": 8, "local": 8}, max_model_len=32)
+    harness.add("old", tokens(12, seed=1), max_tokens=20)
+    harness.add("young", tokens(12, seed=2), max_tokens=20)
+    harness.add("short", [3], max_tokens=20)
+    while not harness.engine.stats().num_preemptions:
+        before = harness.engine.stats()
+        harness.step()
+    after = harness.engine.stats()
+    assert (before.num_running, after.num_running) == (3, 2 if after.num_preemptions == 1 else 1)
+
+
+def test_a_sequence_waits_until_all_of_its_prompt_fits() -> None:
+    harness = Harness(num_free_blocks={"global": 8, "local": 8}, max_model_len=32, max_num_batched_tokens=4)
+    harness.add("first", tokens(14, seed=1), max_tokens=6)
+    harness.add("long", tokens(20, seed=2), max_tokens=6)
+    while harness.end("first") is None:
+        harness.step()
+        assert harness.engine.stats().num_waiting == 1
+    harness.run()
+    assert harness.engine.stats().num_preemptions == 0
+
+
 def test_local_blocks_of_a_passed_chunk_are_released() -> None:
     harness = Harness()
     harness.add("r", tokens(30), max_tokens=10)
@@ -217,6 +240,13 @@ def test_resumed_output_that_has_ended_ends_at_once(resume_ids: list[int], reaso
     assert not harness.engine.has_work
     assert [(output.finish_reason, output.token_ids) for output in harness.outputs["r"]] == [(reason, [])]
     assert harness.model.computed == []
+
+
+def test_a_resumed_end_token_below_min_tokens_is_no_end() -> None:
+    harness = Harness()
+    outputs = harness.generate(tokens(4), resume_ids=[EOS], max_tokens=4, min_tokens=2, ignore_eos=False)
+    assert len(outputs) >= 1
+    assert len(harness.token_ids["request-0"]) >= 1
 
 
 def test_an_abort_takes_back_an_end_that_was_not_yet_told() -> None:

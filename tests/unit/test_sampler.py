@@ -165,6 +165,14 @@ def test_a_wide_nucleus_is_found_beyond_the_first_guess() -> None:
     assert num_kept - 20 < int(drawn.max()) < num_kept
 
 
+@pytest.mark.parametrize(("noise", "token_id"), [(0.0, 1), (1 - 2**-53, 2)])
+def test_at_the_ends_of_the_noise_only_tokens_with_mass_are_drawn(
+    monkeypatch: pytest.MonkeyPatch, noise: float, token_id: int
+) -> None:
+    monkeypatch.setattr("router.sampler.uniform", lambda **_: noise)
+    assert sample_one(torch.tensor([-50.0, 3.0, 3.0, -50.0]), state_of(4, top_k=2)).token_id == token_id
+
+
 def test_a_tiny_temperature_is_greedy_and_the_largest_is_nearly_uniform() -> None:
     assert draw_counts(LOGITS, temperature=1e-6)[0] == NUM_DRAWS
     assert chi_square_p_value(draw_counts(torch.zeros(4), temperature=100.0), torch.full((4,), 0.25)) > 0.001
