@@ -26,9 +26,9 @@ def resolve_model(model: str) -> Path:
     if model and folder.is_dir():
         return folder
     if HUB_ID.fullmatch(model) is None:
-        raise CheckpointError(f"model {model!r}: no such folder")
+        raise CheckpointError(f"model {model}: no such folder")
     if folder.exists():
-        raise CheckpointError(f"model {model!r}: wanted a folder, found a file")
+        raise CheckpointError(f"model {model}: wanted a folder, found a file")
     return _download(model)
 
 
@@ -42,5 +42,5 @@ def _download(model: str) -> Path:
         # The client lets errors of its HTTP library through, and which library that is changes by version.
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"model {model!r}: no such folder, and the hub did not give it: {type(error).__name__}: {reason}"
+            f"model {model}: no such folder, and the hub did not give it: {type(error).__name__}: {reason}"
         ) from error

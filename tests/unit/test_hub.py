@@ -68,7 +68,7 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     "model", ["/nowhere/model", "./nowhere", "../nowhere", "a/b/c", "nowhere/", "~nobody/model", ""]
 )
 def test_a_path_that_is_no_hub_id_is_told_without_asking_a_hub(model: str) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(f"model {model!r}: no such folder") + "$"):
+    with pytest.raises(CheckpointError, match=re.escape(f"model {model}: no such folder") + "$"):
         resolve_model(model)
 
 
@@ -76,7 +76,7 @@ def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
 
-    with pytest.raises(CheckpointError, match=r"model 'model\.safetensors': wanted a folder, found a file"):
+    with pytest.raises(CheckpointError, match=r"model model\.safetensors: wanted a folder, found a file"):
         resolve_model("model.safetensors")
 
 
@@ -111,7 +111,7 @@ def test_a_model_that_the_hub_does_not_know_is_told(published: Path, tmp_path: P
         done = resolve_in_a_process("someone/unknown", hub.endpoint, tmp_path / "home")
 
     assert done.returncode == 1
-    assert "CheckpointError: model 'someone/unknown': no such folder, and the hub did not give it" in done.stderr
+    assert "CheckpointError: model someone/unknown: no such folder, and the hub did not give it" in done.stderr
     assert "RepositoryNotFoundError" in done.stderr
 
 
@@ -122,5 +122,5 @@ def test_a_hub_that_does_not_answer_is_told(published: Path, tmp_path: Path) -> 
     done = resolve_in_a_process(REPO, hub.endpoint, tmp_path / "home")
 
     assert done.returncode == 1
-    assert f"CheckpointError: model {REPO!r}: no such folder, and the hub did not give it" in done.stderr
+    assert f"CheckpointError: model {REPO}: no such folder, and the hub did not give it" in done.stderr
     assert "Traceback" not in done.stderr
