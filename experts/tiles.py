@@ -46,15 +46,18 @@ class _Waiting:
 
     def cut(self, expert: int, max_rows: int) -> torch.Tensor:
         """Hands out up to max_rows of the rows left for expert; max_rows is at least 1."""
-        start, stop = self.spans.pop(expert)
+        start, stop = self.spans[expert]
         end = min(stop, start + max_rows)
         if end < stop:
+            # In its place, so that the next tile finds this expert's weights still in the cache.
             self.spans[expert] = (end, stop)
+        else:
+            del self.spans[expert]
         return self.request.x_RD[start:end]
 
 
 class TileQueue:
-    """Requests of all lanes. A tile must be computed before the next one is taken."""
+    """Requests of all lanes. Take a tile, compute it, pop what is finished, take the next."""
 
     def __init__(self, tile_rows: int = TILE_ROWS) -> None:
         self._tile_rows = tile_rows
