@@ -81,7 +81,7 @@ class ControlPlane:
         )
         self._retired = asyncio.Event()
         self._retiring = False
-        self._adapting = asyncio.Lock()
+        self._changing_tier = asyncio.Lock()
 
     @classmethod
     async def start(cls, *, config: ServiceConfig, me: Member, num_cores: int, outside: Outside) -> ControlPlane:
@@ -102,7 +102,6 @@ class ControlPlane:
         are up than config needs, RetiringError.
         """
         wanted = parse_config(config)
-        self._check_not_retiring()
         await self._adapt_to(wanted)
         self.take_in(member, process)
         started = await self._tier.started()
@@ -171,7 +170,8 @@ class ControlPlane:
             await self._retired.wait()
             return
         self._retiring = True
-        await self._tier.remove(drain_timeout_s=self._tier.config.drain_timeout_s)
+        async with self._changing_tier:
+            await self._tier.remove(drain_timeout_s=self._tier.config.drain_timeout_s)
         await self._memory.erase()
         self._retired.set()
 
@@ -180,18 +180,20 @@ class ControlPlane:
             raise RetiringError(f"the service {self._tier.config.app_name!r} is being removed")
 
     async def _adapt_to(self, wanted: ServiceConfig) -> None:
-        """Puts up other shards when the application came back configured anew and nobody uses the old ones."""
-        changes = shard_changes(self._tier.config, wanted)
-        if not changes:
-            return
-        if self._membership.num_ready(MemberKind.ROUTER, self._now()):
-            raise ValueError(
-                f"the service runs with other values of {', '.join(changes)}: delete the application first"
-            )
-        logger.info("configured anew (%s): the shards are replaced", ", ".join(changes))
-        for shard_id in self._tier.shard_ids:
-            self.leave(MemberId(shard_id))
-        await self._tier.replace(wanted)
+        """Puts up other shards when the application came back configured anew and nobody uses the old ones.
+
+        Raises ValueError when somebody does, RetiringError.
+        """
+        async with self._changing_tier:
+            self._check_not_retiring()
+            changes = shard_changes(self._tier.config, wanted)
+            if not changes:
+                return
+            names = ", ".join(changes)
+            if self._membership.num_ready(MemberKind.ROUTER, self._now()):
+                raise ValueError(f"the service runs with other values of {names}: delete the application first")
+            logger.info("configured anew (%s): the shards are replaced", names)
+            await self._tier.replace(wanted)
 
     def _members(self, kind: MemberKind) -> tuple[Member, ...]:
         return self._membership.of_kind(kind, self._now())

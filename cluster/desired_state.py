@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from typing import Any, Protocol
@@ -43,6 +44,7 @@ class Memory:
 
     def __init__(self, store: Store, state: DesiredState) -> None:
         self._store = store
+        self._changing = asyncio.Lock()
         self.state = state
 
     @classmethod
@@ -54,9 +56,10 @@ class Memory:
         return memory
 
     async def change(self, **fields: Any) -> None:
-        state = msgspec.structs.replace(self.state, **fields)
-        await self._store.save(state)
-        self.state = state
+        async with self._changing:
+            state = msgspec.structs.replace(self.state, **fields)
+            await self._store.save(state)
+            self.state = state
 
     async def erase(self) -> None:
         await self._store.delete()
