@@ -106,11 +106,7 @@ class Scheduler:
         budget = StepBudget(
             num_tokens=self._max_num_batched_tokens, num_prompt_logprob_rows=self._max_prompt_logprob_rows
         )
-        num_preemptions = self.num_preemptions
-        scheduled = self._schedule_running(budget)
-        if self.num_preemptions == num_preemptions:
-            scheduled += self._schedule_waiting(budget)
-        return scheduled
+        return self._schedule_running(budget) + self._schedule_waiting(budget)
 
     def _schedule_running(self, budget: StepBudget) -> list[ScheduledSlice]:
         scheduled: list[ScheduledSlice] = []

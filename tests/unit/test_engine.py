@@ -45,18 +45,6 @@ def test_the_first_come_is_the_first_to_end() -> None:
     assert harness.engine.stats().num_preemptions > 0
 
 
-def test_a_step_that_preempts_admits_nobody() -> None:
-    harness = Harness(num_free_blocks={"global": 8, "local": 8}, max_model_len=32)
-    harness.add("old", tokens(12, seed=1), max_tokens=20)
-    harness.add("young", tokens(12, seed=2), max_tokens=20)
-    harness.add("short", [3], max_tokens=20)
-    while not harness.engine.stats().num_preemptions:
-        before = harness.engine.stats()
-        harness.step()
-    after = harness.engine.stats()
-    assert (before.num_running, after.num_running) == (3, 2 if after.num_preemptions == 1 else 1)
-
-
 def test_a_sequence_waits_until_all_of_its_prompt_fits() -> None:
     harness = Harness(num_free_blocks={"global": 8, "local": 8}, max_model_len=32, max_num_batched_tokens=4)
     harness.add("first", tokens(14, seed=1), max_tokens=6)
