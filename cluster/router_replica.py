@@ -14,8 +14,8 @@ from cluster.config import parse_config
 from cluster.controller_link import ControllerLink
 from cluster.engine_settings import engine_settings
 from cluster.membership import Member, MemberId, MemberKind, MemberState
-from router.messages import Start
-from router.replica import Router, RouterTimeouts
+from router.messages import EngineStats, Start
+from router.replica import EngineDiedError, Router, RouterTimeouts
 
 logger = logging.getLogger("arriero.router")
 
@@ -51,10 +51,22 @@ class RouterReplica:
         assert self._router is not None, "Serve awaits __init__ first"
         return await self._router.generate(request)
 
+    def engine_stats(self) -> tuple[MemberId, EngineStats | None]:
+        """Who this is, and its engine as of the last heartbeat; None before the first."""
+        return self._member.member_id, None if self._router is None else self._router.stats
+
     def check_health(self) -> None:
-        """Called by Serve; raises when this replica must be replaced."""
-        if self._router is not None:
+        """Called by Serve; raises when this replica must be replaced, and sees to it that it is.
+
+        Serve would wait for the open calls of an ill replica to end, which they cannot.
+        """
+        if self._router is None:
+            return
+        try:
             self._router.check_health()
+        except EngineDiedError as error:
+            _leave_with_engine(str(error))
+            raise
 
     def __del__(self) -> None:
         """Called by Serve at the end of a graceful shutdown, and once more by Python."""
@@ -83,8 +95,9 @@ def _start_message(router_id: str, welcome: dict[str, Any]) -> Start:
 
 
 def _leave_with_engine(reason: str) -> None:
-    """A replica without an engine would draw requests, being the least busy; Serve replaces a dead one at once."""
-    logger.error("the engine is gone, this replica ends: %s", reason)
+    """A replica without a working engine would draw requests, being the least busy; Serve replaces a dead one at
+    once. What is left of the engine ends with us."""
+    logger.error("the engine is lost, this replica ends: %s", reason)
     timer = threading.Timer(FAREWELL_S, os._exit, (1,))
     timer.daemon = True
     timer.start()
