@@ -152,3 +152,17 @@ def service(run_app: RunApp) -> Iterator[Service]:
     """What most tests talk to: two routers and three shards (the model has eight experts per layer)."""
     with run_app("shared", routers=2, shards=3) as running:
         yield running
+
+
+Tell = Callable[[str], None]
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Tell:
+    """Prints what was measured, whether the test passes or not."""
+
+    def tell(message: str) -> None:
+        with capsys.disabled():
+            print(f"\n{request.node.name}: {message}")
+
+    return tell
