@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
@@ -51,10 +52,14 @@ def find_controller(app_name: str) -> ActorHandle[Any] | None:
 
 
 class ControllerLink:
-    """Used by one member, in one event loop. Join first."""
+    """Used by one member, within its Serve replica and in one event loop. Join first."""
 
     def __init__(self, config: ServiceConfig) -> None:
-        self._config = config
+        """Serve's own name for the application counts: by it the controller tells whether that is still there."""
+        app_name = serve.get_replica_context().app_name
+        if app_name != config.app_name:
+            logger.info("app_name is %r, as in Serve, and not %r", app_name, config.app_name)
+        self._config = config.model_copy(update={"app_name": app_name})
         self._controller: ActorHandle[Any] | None = None
         self._reporter: asyncio.Task[None] | None = None
         self.num_ready_routers = 0
