@@ -25,7 +25,7 @@ class RouterTimeouts:
     longer hangs; it must allow for lost shards that are waited for. close_s: for each way of ending the process."""
 
     start_s: float
-    heartbeat_s: float = 5.0
+    heartbeat_s: float = 10.0
     step_s: float = 300.0
     close_s: float = 3.0
 
