@@ -122,18 +122,19 @@ def _with(**changed: object) -> Callable[[int], bytes]:
 
 
 def _counts(rows_per_expert: list[tuple[int, int]]) -> Callable[[int], bytes]:
-    """Counts that do not fit a header of three rows for two experts."""
+    """Counts that do not fit a header of three rows for two experts; the message has the length it announces."""
 
     def make(lane_number: int) -> bytes:
         header = request(lane_number, [(0, 2), (3, 1)])[0]
-        return message.encode_header(header) + message.encode_rows_per_expert(rows_per_expert) + bytes(9000)
+        counts = message.encode_rows_per_expert(rows_per_expert)
+        return message.encode_header(header) + counts + bytes(3 * ROW_BYTES)
 
     return make
 
 
 BROKEN: dict[str, Callable[[int], bytes]] = {
     "no header": lambda _lane: b"\xff" * 600,
-    "more rows than allowed": _with(num_rows=4097),
+    "more rows than allowed": lambda lane: request(lane, [(0, 4097)])[1],
     "the most rows a header can name": _with(num_rows=2**32 - 1),
     "no rows": _with(num_rows=0),
     "more slots than rows": _with(num_slots=4),

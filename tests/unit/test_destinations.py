@@ -16,7 +16,9 @@ def test_an_expert_without_a_copy_has_no_destination() -> None:
 
 
 def test_experts_with_a_choice_avoid_the_shards_of_those_without_one() -> None:
-    assert choose_shards({0: [A], 1: [A, B], 2: [A], 3: [A, B]}, offset=0) == {0: A, 1: B, 2: A, 3: B}
+    copies = {0: [A], 1: [A, B], 2: [A], 3: [A, B]}
+    # With offset 1 the turn would be A's.
+    assert [choose_shards(copies, offset=offset) for offset in (0, 1)] == [{0: A, 1: B, 2: A, 3: B}] * 2
 
 
 def test_lanes_prefer_different_copies() -> None:

@@ -91,6 +91,7 @@ def test_every_row_is_handed_out_once_and_to_its_own_expert(
         for tile in queue.take():
             assert sum(len(part) for part in tile.parts_RD) <= tile_rows
             for part in tile.parts_RD:
+                assert len(part) > 0
                 # Handed out once: still zero; the mark says by which slot.
                 assert not part.any()
                 part.fill_(_mark(tile.slot))
