@@ -15,8 +15,8 @@ import torch
 
 from experts.checkpoint import Checkpoint
 from experts.linear import PackedLinear
-from experts.memory import return_freed_memory
 from experts.mlp import Mlp
+from experts.scratch import scratch_tensor
 from router.attention import AttentionWeights
 from router.config import ModelConfig
 
@@ -108,17 +108,17 @@ class _Reader:
         self._done_bytes = 0
 
     def tensor(self, name: str) -> torch.Tensor:
-        weight = self._checkpoint.read(name, dtype=self._dtype).to(self._device)
-        self._report(name)
-        return weight
+        return self._read(name).to(self._device)
 
     def linear(self, *names: str) -> PackedLinear:
         """One layer of the rows of all the named matrices."""
-        weights = [self.tensor(name) for name in names]
-        packed = PackedLinear(weights[0] if len(weights) == 1 else torch.cat(weights))
-        del weights
-        return_freed_memory()
-        return packed
+        weights = [self._read(name) for name in names]
+        if len(weights) == 1:
+            return PackedLinear(weights[0].to(self._device))
+        num_rows = sum(len(weight) for weight in weights)
+        joined = scratch_tensor((num_rows, weights[0].shape[1]), self._dtype)
+        torch.cat(weights, out=joined)
+        return PackedLinear(joined.to(self._device))
 
     def mlp(self, prefix: str) -> Mlp:
         return Mlp(
@@ -127,13 +127,15 @@ class _Reader:
             down=self.linear(f"{prefix}.down_proj.weight"),
         )
 
-    def _report(self, name: str) -> None:
-        """Tied embeddings are read twice and counted once."""
+    def _read(self, name: str) -> torch.Tensor:
+        weight = self._checkpoint.read(name, dtype=self._dtype)
+        # Tied embeddings are read twice and counted once.
         if name not in self._done:
             self._done.add(name)
             self._done_bytes += self._checkpoint.info(name).num_bytes
         if self._progress is not None:
             self._progress(self._done_bytes, self._total_bytes)
+        return weight
 
 
 def _load_layer(reader: _Reader, config: ModelConfig, layer: int) -> LayerWeights:

@@ -146,7 +146,10 @@ def test_a_short_tile_drops_out_of_the_splits_it_does_not_reach() -> None:
 def test_no_matmul_has_a_single_matrix() -> None:
     paged = Paged(Heads(num_query_heads=4, num_kv_heads=1), [600, 300])
     spans = [paged.span(0, 599, 600, first_token=0), paged.span(1, 0, 300, first_token=1)]
-    assert all(split.num_tiles >= 2 for batch in paged.plan(spans).batches for split in batch.splits)
+    batches = paged.plan(spans).batches
+    assert len(batches) == 3
+    assert all(batch.num_tiles >= 2 for batch in batches)
+    assert all(split.num_tiles >= 2 for batch in batches for split in batch.splits)
 
 
 def test_scores_and_masks_of_a_long_prefill_are_bounded() -> None:
