@@ -1,0 +1,156 @@
+"""From a client's call to chunks, against scripted routers and the real tokenizer."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from scripted_routers import NUM_TOKENS, Attempt, ScriptedRouters, serve_two_then_die, serve_whole
+
+from cluster.admission import ServiceLimits
+from cluster.errors import ServiceError, StatusCode
+from cluster.generate_call import Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt
+from cluster.generator import Generator, SeedSource
+from cluster.presets import create_checkpoint
+from cluster.relay import CallEnd, RelayLimits
+from cluster.tokenizer import Tokenizer
+from router.messages import FinishReason
+
+LIMITS = ServiceLimits(max_model_len=256, vocab_size=512, max_logprobs=5, max_choices=4, max_request_bytes=1_000_000)
+TEXT = "tränen"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(create_checkpoint("tiny-maverick", tmp_path_factory.mktemp("m") / "m"))
+
+
+def generator(tokenizer: Tokenizer, routers: ScriptedRouters, *, seed: int | None = None) -> Generator:
+    return Generator(
+        tokenizer=tokenizer,
+        limits=LIMITS,
+        routers=routers,
+        tokens=routers,
+        relay_limits=RelayLimits(stream_interval_s=0.0, resubmit_timeout_s=5.0),
+        seeds=SeedSource(seed, gateway_index=0),
+    )
+
+
+def run(act: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(20):
+            return await act
+
+    return asyncio.run(bounded())
+
+
+def chunks_of(made: Generator, **call: Any) -> list[Chunk]:
+    async def collect() -> list[Chunk]:
+        asked = GenerateCall(**{"prompt": TokenPrompt(token_ids=[1]), "num_bytes": 1, **call})
+        return [chunk async for chunk in made.generate(asked)]
+
+    return list(run(collect()))
+
+
+def speak(token_ids: list[int]) -> Any:
+    """A router that answers with these tokens one by one, wherever it is asked to go on."""
+
+    async def script(attempt: Attempt) -> CallEnd:
+        for position in range(len(attempt.request.resume_ids), len(token_ids)):
+            is_last = position == len(token_ids) - 1
+            attempt.send(token_ids[position], finish_reason=FinishReason.LENGTH if is_last else None)
+            await asyncio.sleep(0)
+        return CallEnd(finish_reason=FinishReason.LENGTH)
+
+    return script
+
+
+def test_only_the_first_chunk_tells_id_and_seed_and_only_the_last_the_usage(tokenizer: Tokenizer) -> None:
+    made = generator(tokenizer, ScriptedRouters([serve_whole]))
+    chunks = chunks_of(made, n=2, seed=5, request_id="r")
+    assert [chunk.request_id for chunk in chunks if chunk.request_id] == ["r"]
+    assert (chunks[0].request_id, chunks[0].seed) == ("r", 5)
+    assert [chunk.usage for chunk in chunks[:-1] if chunk.usage is not None] == []
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (1, 2 * NUM_TOKENS)
+
+
+def test_text_never_ends_inside_a_character(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode(TEXT)
+    assert len(token_ids) > len(TEXT)
+    chunks = chunks_of(generator(tokenizer, ScriptedRouters([speak(token_ids)])))
+    assert "".join(chunk.text for chunk in chunks) == TEXT
+    assert all("\ufffd" not in chunk.text for chunk in chunks)
+
+
+def test_a_character_that_never_ends_becomes_a_replacement_at_the_end(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode(TEXT)[:3]
+    chunks = chunks_of(generator(tokenizer, ScriptedRouters([speak(token_ids)])))
+    assert "".join(chunk.text for chunk in chunks) == "tr\ufffd"
+
+
+@pytest.mark.parametrize("num_resumed", range(1, 7))
+def test_text_of_a_resumed_stream_goes_on_after_the_text_of_its_tokens(tokenizer: Tokenizer, num_resumed: int) -> None:
+    token_ids = tokenizer.encode(TEXT)
+    detokenizer = tokenizer.detokenizer()
+    sent = detokenizer.push(token_ids[:num_resumed])
+    resumed = {0: ResumedChoice(token_ids=token_ids[:num_resumed], finished=False)}
+    chunks = chunks_of(generator(tokenizer, ScriptedRouters([speak(token_ids)])), resumed=resumed)
+    assert sent + "".join(chunk.text for chunk in chunks) == TEXT
+
+
+def test_a_lost_router_does_not_show_in_ids_or_text(tokenizer: Tokenizer) -> None:
+    calm = chunks_of(generator(tokenizer, ScriptedRouters([serve_whole])))
+    rough = chunks_of(generator(tokenizer, ScriptedRouters([serve_two_then_die, serve_whole])))
+    for field in ("token_ids", "text"):
+        joined = [
+            [part for chunk in chunks for part in (chunk.text if field == "text" else chunk.delta.token_ids)]
+            for chunks in (calm, rough)
+        ]
+        assert joined[0] == joined[1]
+
+
+def test_a_client_that_has_everything_hears_only_that(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([serve_whole])
+    resumed = {0: ResumedChoice(token_ids=[5, 6], finished=True)}
+    [chunk] = chunks_of(generator(tokenizer, routers), resumed=resumed, seed=3, request_id="r")
+    assert (chunk.request_id, chunk.seed, chunk.delta.token_ids) == ("r", 3, ())
+    assert chunk.usage is not None
+    assert chunk.usage.completion_tokens == 2
+    assert routers.requests == []
+
+
+def test_two_submissions_of_one_request_have_different_names_for_the_engine(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([serve_whole])
+    for _ in range(2):
+        chunks_of(generator(tokenizer, routers), request_id="r")
+    first, second = (request.request_id for request in routers.requests)
+    assert first != second
+    assert first.startswith("r/")
+
+
+def test_what_is_wrong_with_a_call_is_told_before_any_router_hears_of_it(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([serve_whole])
+    with pytest.raises(ServiceError, match="token id below 512, not 512") as failure:
+        chunks_of(generator(tokenizer, routers), prompt=TokenPrompt(token_ids=[512]))
+    assert failure.value.code is StatusCode.INVALID_ARGUMENT
+    assert routers.requests == []
+
+
+def test_a_long_text_is_tokenized_as_a_short_one(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([serve_whole])
+    for num_bytes in (10, 100_000):
+        chunks_of(generator(tokenizer, routers), prompt=TextPrompt(text=TEXT), num_bytes=num_bytes)
+    first, second = (request.prompt_ids for request in routers.requests)
+    assert first == second == tokenizer.encode_prompt(TEXT)
+
+
+def test_seeds_that_gateways_draw_are_reproducible_only_when_told_so() -> None:
+    def draw(seed: int | None, index: int) -> list[int]:
+        source = SeedSource(seed, gateway_index=index)
+        return [source.draw() for _ in range(3)]
+
+    assert draw(1, 0) == draw(1, 0)
+    assert draw(1, 0) != draw(1, 1)
+    assert draw(None, 0) != draw(None, 0)
