@@ -11,7 +11,7 @@
 Each truncation of step 6 keeps the tokens at least as likely as a threshold, so tokens exactly as likely as the
 last one kept stay in. Every operation treats a row by itself, so a row's token depends on no other row.
 
-Legend: L logit rows, R rows that are drawn, V vocabulary.
+Legend: L logit rows, R rows that are drawn, V vocabulary, N parts of P tokens of it, W weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from router.logprobs import token_logprobs
 from router.messages import TokenLogprobs
 from router.noise import uniform
 from router.sampling_state import SamplingState
 
-# A nucleus is looked for among this many most likely tokens first: sorting a whole large vocabulary costs more.
-_NUCLEUS_GUESS = 1024
+_PART_SIZE = 1024
+_LARGEST_NOISE = 1.0 - 2.0**-53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +65,40 @@ def _choose(logits_LV: torch.Tensor, states: Sequence[SamplingState]) -> list[in
 
 def _draw(logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
     """Steps 6 and 7."""
-    temperature_R = _column(logits_RV, [state.params.temperature for state in states])
-    probs_RV = torch.softmax(logits_RV / temperature_R, dim=-1)
+    temperatures = [state.params.temperature for state in states]
+    temperature_R1 = torch.tensor(temperatures, dtype=torch.float32, device=logits_RV.device).unsqueeze(1)
+    probs_RV = torch.softmax(logits_RV / temperature_R1, dim=-1)
     for probs_V, state in zip(probs_RV, states, strict=True):
         _truncate(probs_V, state)
-    cumulative_RV = probs_RV.to(torch.float64).cumsum(dim=-1)
-    noise_R1 = _column(cumulative_RV, [_noise(state) for state in states])
-    # The draw lies strictly below the total, so the first cumulative value above it exists and its token has mass.
-    chosen_R1 = torch.searchsorted(cumulative_RV, noise_R1 * cumulative_RV[:, -1:], right=True)
-    token_ids: list[int] = chosen_R1.squeeze(1).tolist()
+    noise_R = torch.tensor([_noise(state) for state in states], dtype=torch.float64, device=logits_RV.device)
+    return _invert(probs_RV, noise_R)
+
+
+def _invert(probs_RV: torch.Tensor, noise_R: torch.Tensor) -> list[int]:
+    """Per row, the first token at which the cumulative probability exceeds noise [0, 1) times the total.
+
+    In two stages, lest a whole vocabulary be summed up in float64: the part of the vocabulary, then the token in it.
+    """
+    num_rows, vocab_size = probs_RV.shape
+    probs_RNP = F.pad(probs_RV, (0, -vocab_size % _PART_SIZE)).view(num_rows, -1, _PART_SIZE)
+    part_R, rest_R = _pick(probs_RNP.sum(dim=-1), noise_R)
+    token_R, _ = _pick(probs_RNP[torch.arange(num_rows, device=probs_RV.device), part_R], rest_R)
+    token_ids: list[int] = (part_R * _PART_SIZE + token_R).tolist()
     return token_ids
+
+
+def _pick(weights_RW: torch.Tensor, noise_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index that each row's noise falls on, and where in that index's share it falls, again in [0, 1).
+
+    The draw lies strictly below the total, so the first cumulative weight above it exists and its weight is not 0.
+    """
+    cumulative_RW = weights_RW.to(torch.float64).cumsum(dim=-1)
+    draw_R1 = (noise_R * cumulative_RW[:, -1]).unsqueeze(1)
+    index_R1 = torch.searchsorted(cumulative_RW, draw_R1, right=True)
+    end_R1 = cumulative_RW.gather(1, index_R1)
+    share_R1 = weights_RW.gather(1, index_R1).to(torch.float64)
+    rest_R1 = 1.0 - (end_R1 - draw_R1) / share_R1
+    return index_R1.squeeze(1), rest_R1.squeeze(1).clamp(0.0, _LARGEST_NOISE)
 
 
 def _noise(state: SamplingState) -> float:
@@ -98,17 +123,14 @@ def _keep_from(probs_V: torch.Tensor, threshold: torch.Tensor) -> None:
 
 def _nucleus_threshold(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
     """The probability of the last token of the smallest most likely set with at least top_p of the mass."""
-    wanted = top_p * probs_V.sum(dtype=torch.float64)
-    most_likely = probs_V.topk(min(_NUCLEUS_GUESS, probs_V.shape[0])).values
-    if most_likely.sum(dtype=torch.float64) < wanted:
-        most_likely = probs_V.sort(descending=True).values
+    total = probs_V.sum(dtype=torch.float64)
+    # Tokens below the average of what may be cut are cut all together, so they need no sorting. Half of it, so that
+    # rounding cannot matter.
+    candidates = probs_V[probs_V >= 0.5 * (1.0 - top_p) * total / len(probs_V)]
+    most_likely = candidates.sort(descending=True).values
     mass_before = most_likely.to(torch.float64).cumsum(dim=0) - most_likely
-    num_kept = int((mass_before < wanted).sum())
-    return most_likely[max(num_kept, 1) - 1]
-
-
-def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+    num_kept = int((mass_before < top_p * total).sum())
+    return most_likely[num_kept - 1]
 
 
 def _logprobs(

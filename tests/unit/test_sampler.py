@@ -156,21 +156,32 @@ def test_greedy_takes_the_most_likely_token() -> None:
     assert [one.token_id for one in sampled] == logits_LV.argmax(dim=-1).tolist()
 
 
-def test_a_wide_nucleus_is_found_beyond_the_first_guess() -> None:
+def test_a_wide_nucleus_is_found() -> None:
     logits_V = torch.linspace(0.1, 0.0, 5000)
     probs_V = torch.softmax(logits_V.double(), dim=-1)
     num_kept = int((probs_V.cumsum(0) - probs_V < 0.5).sum())
-    assert num_kept > 1024
     drawn = draws(logits_V, num_draws=2000, top_p=0.5)
     assert num_kept - 20 < int(drawn.max()) < num_kept
 
 
-@pytest.mark.parametrize(("noise", "token_id"), [(0.0, 1), (1 - 2**-53, 2)])
+@pytest.mark.parametrize(("first", "last"), [(1, 2), (1024, 2047), (1, 4998), (1500, 3001)])
 def test_at_the_ends_of_the_noise_only_tokens_with_mass_are_drawn(
-    monkeypatch: pytest.MonkeyPatch, noise: float, token_id: int
+    monkeypatch: pytest.MonkeyPatch, first: int, last: int
 ) -> None:
-    monkeypatch.setattr("router.sampler.uniform", lambda **_: noise)
-    assert sample_one(torch.tensor([-50.0, 3.0, 3.0, -50.0]), state_of(4, top_k=2)).token_id == token_id
+    logits_V = torch.full((5000,), -50.0)
+    logits_V[[first, last]] = 3.0
+    for noise, token_id in ((0.0, first), (0.499, first), (0.501, last), (1 - 2**-53, last)):
+        monkeypatch.setattr("router.sampler.uniform", lambda noise=noise, **_: noise)
+        assert sample_one(logits_V, state_of(5000, top_k=2)).token_id == token_id
+
+
+def test_draws_follow_the_exact_distribution_over_many_parts_of_the_vocabulary() -> None:
+    logits_V = torch.full((5000,), -30.0)
+    likely = [0, 700, 1023, 1024, 2500, 4095, 4999]
+    logits_V[likely] = torch.tensor([0.0, 1.0, -1.0, 0.5, 0.2, -0.4, 1.3])
+    counts_V = torch.bincount(draws(logits_V, num_draws=5000), minlength=5000)
+    assert chi_square_p_value(counts_V[likely], torch.softmax(logits_V.double(), dim=-1)[likely]) > 0.001
+    assert counts_V[likely].sum() == 5000
 
 
 def test_a_tiny_temperature_is_greedy_and_the_largest_is_nearly_uniform() -> None:
