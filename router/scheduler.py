@@ -75,10 +75,6 @@ class Scheduler:
         self.num_cached_tokens = 0
 
     @property
-    def has_sequences(self) -> bool:
-        return bool(self._running or self._waiting)
-
-    @property
     def num_running(self) -> int:
         return len(self._running)
 
