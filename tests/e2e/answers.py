@@ -19,12 +19,13 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """One request."""
+    """One request. A cache_salt of its own keeps it from the prefixes that others have computed."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     seed: int = 0
     n: int = 1
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +83,15 @@ def usage_of(pieces: Sequence[Piece]) -> Usage:
 
 
 def _pieces(client: ArrieroClient, request: Ask) -> list[Piece]:
-    return list(
-        client.generate(
-            request.prompt_ids, sampling=request.sampling, seed=request.seed, n=request.n, timeout_s=TIMEOUT_S
-        )
+    stream = client.generate(
+        request.prompt_ids,
+        sampling=request.sampling,
+        seed=request.seed,
+        n=request.n,
+        cache_salt=request.cache_salt,
+        timeout_s=TIMEOUT_S,
     )
+    return list(stream)
 
 
 def _answer(pieces: Sequence[Piece]) -> Answer:
