@@ -107,7 +107,7 @@ def test_a_skewed_gate_sends_the_share_to_the_hot_experts_of_every_layer(
     folder = create_checkpoint(preset, tmp_path / "model", expert_skew=skew, config_overrides=overrides)
     parsed = ExpertSkew.parse(skew)
 
-    vocab_size = (PRESETS[preset] | overrides)["vocab_size"]
+    vocab_size = {**PRESETS[preset], **overrides}["vocab_size"]
     shares = hot_shares(folder, parsed.num_hot_experts, random_tokens(vocab_size))
 
     assert all(abs(share - parsed.share) < LAYER_TOLERANCE for share in shares), shares
