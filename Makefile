@@ -26,7 +26,7 @@ help:
 	@sed -n 's/^#  //p' Makefile
 
 demo: venv
-	$(BIN)/python -m cluster.commands.demo
+	$(BIN)/python -m cluster.demo
 
 test: lint pytest
 

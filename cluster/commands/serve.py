@@ -18,6 +18,8 @@ from cluster.token_file import find_record, remove_record, state_folder
 
 # What a stop takes besides open requests: Serve, Ray and the engines go down in about three seconds.
 STOP_TIMEOUT_S = 30.0
+# A socket's path has at most 107 bytes; ours and Ray's folders and names take 80 of them.
+MAX_TEMP_PATH = 27
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def supervise(config: ServiceConfig, ray_address: str | None) -> int:
     """Returns the exit code when nothing of the service is left."""
-    temp_folder = tempfile.mkdtemp(prefix="arriero-")
+    temp_folder = make_temp_folder()
     spec = DriverSpec(
         config=config.model_dump(), ray_address=ray_address, temp_folder=temp_folder, parent_pid=os.getpid()
     )
@@ -53,6 +55,12 @@ def supervise(config: ServiceConfig, ray_address: str | None) -> int:
         print(f"arriero serve: logs and stack traces are in {temp_folder}", file=sys.stderr)
         print(f"arriero serve: {failure}", file=sys.stderr)
     return code
+
+
+def make_temp_folder() -> str:
+    """For Ray's sockets and logs; in /tmp where the paths of the sockets would get too long for Unix."""
+    base = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="arriero-", dir=base if len(base) <= MAX_TEMP_PATH else "/tmp")
 
 
 def _remove_record(config: ServiceConfig) -> None:
