@@ -126,7 +126,7 @@ class ChoiceJournal:
         )
 
     def _take_prompt_logprobs(self, output: SequenceOutput) -> tuple[TokenLogprobs, ...]:
-        if output.prompt_logprobs is None or self._prompt_logprobs_sent:
+        if output.prompt_logprobs is None:
             return ()
         self._prompt_logprobs_sent = True
         return tuple(entry for entry in output.prompt_logprobs if entry is not None)

@@ -8,7 +8,7 @@ from cluster.journal import Delta
 
 
 class Outbox:
-    """Merges the news of each choice. The first and the last news of a choice are urgent: they do not wait."""
+    """Merges the news of each choice. The first news of a choice is urgent: it does not wait."""
 
     def __init__(self) -> None:
         self._deltas: dict[int, Delta] = {}
@@ -19,13 +19,13 @@ class Outbox:
     def put(self, delta: Delta) -> None:
         earlier = self._deltas.get(delta.choice_index)
         self._deltas[delta.choice_index] = delta if earlier is None else earlier.followed_by(delta)
-        if delta.choice_index not in self._begun or delta.finish_reason is not None:
+        if delta.choice_index not in self._begun:
             self._begun.add(delta.choice_index)
             self._urgent.set()
         self._news.set()
 
     def wake(self) -> None:
-        """There is something to see besides tokens."""
+        """There is something to see besides tokens: a choice has ended."""
         self._urgent.set()
         self._news.set()
 

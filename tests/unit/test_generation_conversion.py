@@ -45,6 +45,11 @@ def test_every_field_arrives() -> None:
     )
 
 
+def test_zero_is_not_the_same_as_left_out() -> None:
+    request = generation_pb2.GenerateRequest(text="hi", n=0, seed=0)
+    assert (generate_call(request).n, generate_call(request).seed) == (0, 0)
+
+
 def test_chat_parts_keep_their_kind_and_order() -> None:
     part = generation_pb2.ContentPart
     message = generation_pb2.ChatMessage(

@@ -73,8 +73,12 @@ def test_a_lost_connection_replaces_the_router_and_aborts_its_call() -> None:
         raise AssertionError
 
     routers = ScriptedRouters([lose_connection, serve_whole])
-    assert token_ids(run(collect(relay_of(routers)))) == list(range(NUM_TOKENS))
-    assert routers.num_aborted == 1
+
+    async def follow() -> None:
+        assert token_ids(await collect(relay_of(routers))) == list(range(NUM_TOKENS))
+        assert routers.num_aborted == 1
+
+    run(follow())
 
 
 def test_a_request_that_its_router_gave_up_goes_to_another() -> None:
@@ -193,10 +197,10 @@ def test_leaving_the_stream_aborts_every_choice() -> None:
         batches = relay_of(routers, journal(0), journal(1)).batches()
         await anext(batches)
         await batches.aclose()
+        assert routers.num_aborted == 2
+        assert routers.streams == {}
 
     run(leave())
-    assert routers.num_aborted == 2
-    assert routers.streams == {}
 
 
 def test_a_choice_that_fails_takes_the_others_with_it() -> None:
@@ -207,9 +211,13 @@ def test_a_choice_that_fails_takes_the_others_with_it() -> None:
         raise AssertionError
 
     routers = ScriptedRouters([fail_second])
-    with pytest.raises(ServiceError):
-        run(collect(relay_of(routers, journal(0), journal(1))))
-    assert routers.num_aborted == 1
+
+    async def follow() -> None:
+        with pytest.raises(ServiceError):
+            await collect(relay_of(routers, journal(0), journal(1)))
+        assert routers.num_aborted == 1
+
+    run(follow())
 
 
 def test_a_choice_whose_end_the_client_has_seen_is_not_submitted() -> None:
@@ -236,5 +244,30 @@ def test_tokens_that_gather_within_the_interval_come_together() -> None:
 
 def test_the_last_token_does_not_wait_for_the_interval() -> None:
     limits = RelayLimits(stream_interval_s=3600.0, resubmit_timeout_s=1.0)
-    deltas = run(collect(relay_of(ScriptedRouters([serve_whole]), limits=limits)))
-    assert token_ids(deltas) == list(range(NUM_TOKENS))
+
+    async def serve_in_two(attempt: Attempt) -> CallEnd:
+        attempt.send(0)
+        await asyncio.sleep(0.01)
+        attempt.send(1, finish_reason=FinishReason.LENGTH)
+        return STOPPED
+
+    deltas = run(collect(relay_of(ScriptedRouters([serve_in_two]), limits=limits)))
+    assert [list(delta.token_ids) for delta in deltas] == [[0], [1]]
+
+
+def test_the_first_token_of_each_choice_does_not_wait_for_the_interval() -> None:
+    limits = RelayLimits(stream_interval_s=3600.0, resubmit_timeout_s=1.0)
+
+    async def speak_in_turn(attempt: Attempt) -> CallEnd:
+        await asyncio.sleep(0.01 * attempt.request.params.choice_index)
+        attempt.send(attempt.request.params.choice_index)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def listen() -> None:
+        batches = relay_of(ScriptedRouters([speak_in_turn]), journal(0), journal(1), limits=limits).batches()
+        assert token_ids(await anext(batches), 0) == [0]
+        assert token_ids(await anext(batches), 1) == [1]
+        await batches.aclose()
+
+    run(listen())
