@@ -79,12 +79,23 @@ def _invert(probs_RV: torch.Tensor, noise_R: torch.Tensor) -> list[int]:
 
     In two stages, lest a whole vocabulary be summed up in float64: the part of the vocabulary, then the token in it.
     """
-    num_rows, vocab_size = probs_RV.shape
-    probs_RNP = F.pad(probs_RV, (0, -vocab_size % _PART_SIZE)).view(num_rows, -1, _PART_SIZE)
+    probs_RNP = _parts(probs_RV)
     part_R, rest_R = _pick(probs_RNP.sum(dim=-1), noise_R)
-    token_R, _ = _pick(probs_RNP[torch.arange(num_rows, device=probs_RV.device), part_R], rest_R)
+    token_R, _ = _pick(probs_RNP[torch.arange(len(part_R), device=part_R.device), part_R], rest_R)
     token_ids: list[int] = (part_R * _PART_SIZE + token_R).tolist()
     return token_ids
+
+
+def total_mass(probs_V: torch.Tensor) -> torch.Tensor:
+    """The sum, float64, part by part: torch splits that of one long row among threads, and its bits then depend on
+    their number."""
+    return _parts(probs_V.unsqueeze(0)).sum(dim=-1).sum(dtype=torch.float64)
+
+
+def _parts(probs_RV: torch.Tensor) -> torch.Tensor:
+    """[R, N, P], the last part filled up with zeros."""
+    num_rows, vocab_size = probs_RV.shape
+    return F.pad(probs_RV, (0, -vocab_size % _PART_SIZE)).view(num_rows, -1, _PART_SIZE)
 
 
 def _pick(weights_RW: torch.Tensor, noise_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +134,7 @@ def _keep_from(probs_V: torch.Tensor, threshold: torch.Tensor) -> None:
 
 def _nucleus_threshold(probs_V: torch.Tensor, top_p: float) -> torch.Tensor:
     """The probability of the last token of the smallest most likely set with at least top_p of the mass."""
-    total = probs_V.sum(dtype=torch.float64)
+    total = total_mass(probs_V)
     # Tokens below the average of what may be cut are cut all together, so they need no sorting. Half of it, so that
     # rounding cannot matter.
     candidates = probs_V[probs_V >= 0.5 * (1.0 - top_p) * total / len(probs_V)]

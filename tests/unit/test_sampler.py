@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from router.noise import uniform
-from router.sampler import Sampled, sample
+from router.sampler import Sampled, sample, total_mass
 from router.sampling_params import SamplingParams
 from router.sampling_state import SamplingState
 
@@ -141,6 +141,17 @@ def test_a_row_depends_on_no_other_row(vocab_size: int) -> None:
     order = torch.randperm(len(MIXED), generator=generator).tolist()
     assert sample(logits_LV[order], [states[i] for i in order]) == [together[i] for i in order]
     assert sample(logits_LV[2:6], states[2:6]) == together[2:6]
+
+
+def test_the_mass_of_a_nucleus_does_not_depend_on_the_number_of_threads() -> None:
+    rows_LV = torch.softmax(torch.randn(12, 131_077, generator=torch.Generator().manual_seed(1)) * 3, dim=-1)
+    num_threads = torch.get_num_threads()
+    totals = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        totals.append([total_mass(probs_V).item() for probs_V in rows_LV])
+    torch.set_num_threads(num_threads)
+    assert totals[0] == totals[1]
 
 
 def test_the_given_logits_are_left_as_they_were() -> None:
