@@ -27,11 +27,11 @@ import torch
 
 from router.kv_cache import NULL_BLOCK
 
-POSITIONS_PER_SPLIT = 256
+POSITIONS_PER_SPLIT = 128
 ROW_MULTIPLE = 8
 MAX_TILE_ROWS = 256
-MAX_BATCH_SCORES = 1 << 23
-"""Float32 scores alive at a time: 32 MiB, and as much again for their exponentials."""
+MAX_BATCH_NUMBERS = 1 << 19
+"""Bounds the scores of a batch's split, and the keys gathered for it: 2 MiB of float32 each, to stay in cache."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -102,6 +102,7 @@ class AttentionPlanner:
     """Turns spans into a plan. ``chunk_size`` bounds a local span's KV, None for global layers."""
 
     heads: Heads
+    head_dim: int
     block_size: int
     chunk_size: int | None
     device: torch.device
@@ -160,9 +161,9 @@ class AttentionPlanner:
         return self._num_rows(tile), self._num_splits(tile), tile.start - tile.origin
 
     def _bounded(self, tiles: list[Span], num_rows: int) -> list[list[Span]]:
-        """Batches whose scores stay within MAX_BATCH_SCORES."""
-        scores_per_tile = self.heads.num_kv_heads * num_rows * self.positions_per_split
-        size = max(1, MAX_BATCH_SCORES // scores_per_tile)
+        """Batches whose scores and gathered keys stay within MAX_BATCH_NUMBERS, or that are one tile."""
+        numbers_per_position = self.heads.num_kv_heads * max(num_rows, self.head_dim)
+        size = max(1, MAX_BATCH_NUMBERS // (numbers_per_position * self.positions_per_split))
         batches = [tiles[first : first + size] for first in range(0, len(tiles), size)]
         if self.heads.num_kv_heads > 1:
             return batches

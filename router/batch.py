@@ -89,6 +89,7 @@ def _plan(
     chunk = config.attention_chunk_size if group is KvGroup.LOCAL else None
     planner = AttentionPlanner(
         heads=Heads(num_query_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads),
+        head_dim=config.head_dim,
         block_size=block_size,
         chunk_size=chunk,
         device=device,

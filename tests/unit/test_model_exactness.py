@@ -108,7 +108,7 @@ def test_memory_bound_of_a_prefill_changes_no_bit(case: tuple[TinyModel, int], m
     tiny, length = case
     token_ids = prompt(length, seed=4)
     wide = make_runner(tiny).run(token_ids)
-    monkeypatch.setattr(attention_plan, "MAX_BATCH_SCORES", 1)
+    monkeypatch.setattr(attention_plan, "MAX_BATCH_NUMBERS", 1)
     assert torch.equal(make_runner(tiny).run(token_ids), wide)
 
 

@@ -37,7 +37,9 @@ class Paged:
         self.kv = LayerKv(torch.zeros(shape), torch.zeros(shape))
 
     def plan(self, spans: Sequence[Span], chunk_size: int | None = None) -> AttentionPlan:
-        planner = AttentionPlanner(heads=self.heads, block_size=BLOCK, chunk_size=chunk_size, device=CPU)
+        planner = AttentionPlanner(
+            heads=self.heads, head_dim=HEAD_DIM, block_size=BLOCK, chunk_size=chunk_size, device=CPU
+        )
         positions = np.concatenate([np.arange(s.start, s.start + s.num_tokens) for s in spans])
         blocks = np.concatenate(
             [[s.blocks[(p - s.origin) // BLOCK] for p in range(s.start, s.start + s.num_tokens)] for s in spans]
@@ -138,8 +140,8 @@ def test_a_short_tile_drops_out_of_the_splits_it_does_not_reach() -> None:
     paged = Paged(Heads(num_query_heads=8, num_kv_heads=2), [1000, 90])
     spans = [paged.span(1, 89, 90, first_token=0), paged.span(0, 999, 1000, first_token=1)]
     (batch,) = paged.plan(spans).batches
-    assert [split.num_tiles for split in batch.splits] == [2, 1, 1, 1]
-    assert [split.hidden is None for split in batch.splits] == [False, True, True, False]
+    assert [split.num_tiles for split in batch.splits] == [2, *[1] * 7]
+    assert [split.hidden is None for split in batch.splits] == [False, *[True] * 6, False]
     assert batch.splits[0].first_masked == 1
 
 
@@ -156,14 +158,14 @@ def test_scores_and_masks_of_a_long_prefill_are_bounded() -> None:
     heads = Heads(num_query_heads=40, num_kv_heads=8)
     blocks = range(1, 8192 // BLOCK + 1)
     span = Span(first_token=0, num_tokens=8192, start=0, origin=0, blocks=blocks)
-    planner = AttentionPlanner(heads=heads, block_size=BLOCK, chunk_size=None, device=CPU)
+    planner = AttentionPlanner(heads=heads, head_dim=128, block_size=BLOCK, chunk_size=None, device=CPU)
     positions = np.arange(8192)
     plan = planner.plan([span], positions, positions // BLOCK + 1)
     size = plan.positions_per_split
     scores = [batch.num_tiles * heads.num_kv_heads * batch.num_rows * size for batch in plan.batches]
-    assert max(scores) <= attention_plan.MAX_BATCH_SCORES
+    assert max(scores) <= attention_plan.MAX_BATCH_NUMBERS
     masks = [split.hidden for batch in plan.batches for split in batch.splits if split.hidden is not None]
-    # A tile needs a mask in at most two of its 32 splits; without that it would be 270 MB.
+    # A tile needs a mask in at most two of its up to 64 splits; masks for all would take 170 MB.
     assert sum(mask.numel() for mask in masks) < 30e6
 
 
