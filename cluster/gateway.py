@@ -28,6 +28,7 @@ from cluster.controller_link import ControllerLink
 from cluster.errors import ServiceError, StatusCode
 from cluster.generation import generate_call, generate_response, prompt_of, view_response
 from cluster.generator import Generator, SeedSource
+from cluster.logs import configure_logging
 from cluster.membership import Member, MemberId, MemberKind, MemberState
 from cluster.relay import RelayLimits
 from cluster.serve_routers import ServeRouters
@@ -48,6 +49,7 @@ class Gateway:
     """config: a ServiceConfig as a plain dict. routers: the handle of the router deployment."""
 
     async def __init__(self, config: dict[str, Any], routers: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        configure_logging()
         self._config = parse_config(config)
         self._member_id = MemberId(f"gateway-{secrets.token_hex(3)}")
         self._link = ControllerLink(self._config)
@@ -72,7 +74,11 @@ class Gateway:
                 max_choices=config.max_choices,
                 max_request_bytes=config.max_request_bytes,
             ),
-            routers=ServeRouters(routers),
+            routers=ServeRouters(
+                routers,
+                num_ready=lambda: self._link.num_ready_routers,
+                absence_timeout_s=config.resubmit_timeout_s,
+            ),
             tokens=self._tokens,
             relay_limits=_relay_limits(config),
             seeds=SeedSource(config.seed, gateway_index=serve.get_replica_context().rank.rank),

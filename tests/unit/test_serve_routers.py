@@ -1,0 +1,119 @@
+"""What becomes of a handle call, against handles that behave as Serve's do."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from cluster.errors import ServiceError, StatusCode
+from cluster.relay import CallEnd, QueueFullError, RouterLostError
+from cluster.serve_routers import ServeRouters
+from router.messages import Finished, FinishReason, GenerateRequest, encode
+from router.sampling_params import SamplingParams
+
+REQUEST = GenerateRequest(request_id="r", prompt_ids=[1], params=SamplingParams())
+
+
+class FakeResponse:
+    def __init__(self, answer: Callable[[], Awaitable[bytes]]) -> None:
+        self._answer = answer
+        self.cancelled = False
+
+    def __await__(self) -> Any:
+        return self._answer().__await__()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeHandle:
+    """handle.generate.remote(...), always with the same answer."""
+
+    def __init__(self, answer: Callable[[], Awaitable[bytes]]) -> None:
+        self.response = FakeResponse(answer)
+
+    @property
+    def generate(self) -> "FakeHandle":
+        return self
+
+    def remote(self, request: bytes) -> FakeResponse:
+        return self.response
+
+
+async def never() -> bytes:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def failing(error: Exception) -> Callable[[], Awaitable[bytes]]:
+    async def fail() -> bytes:
+        raise error
+
+    return fail
+
+
+def routers(handle: FakeHandle, *, num_ready: Callable[[], int] = lambda: 1) -> ServeRouters:
+    return ServeRouters(handle, num_ready=num_ready, absence_timeout_s=0.05)
+
+
+def run(act: Coroutine[Any, Any, Any]) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(20):
+            return await act
+
+    return asyncio.run(bounded())
+
+
+def test_the_end_of_a_request_comes_back() -> None:
+    async def answer() -> bytes:
+        return encode(Finished(request_id="r", attempt=0, finish_reason=FinishReason.ABORT, error="why"))
+
+    end = run(routers(FakeHandle(answer)).generate(REQUEST))
+    assert end == CallEnd(finish_reason=FinishReason.ABORT, error="why")
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), DeploymentUnavailableError(None)])  # type: ignore[arg-type]
+def test_a_router_that_is_gone_is_lost(error: Exception) -> None:
+    with pytest.raises(RouterLostError, match=type(error).__name__):
+        run(routers(FakeHandle(failing(error))).generate(REQUEST))
+
+
+def test_a_full_queue_is_told_apart() -> None:
+    error = BackPressureError(num_queued_requests=3, max_queued_requests=3)
+    with pytest.raises(QueueFullError):
+        run(routers(FakeHandle(failing(error))).generate(REQUEST))
+
+
+def test_leaving_a_call_cancels_it_at_the_router() -> None:
+    handle = FakeHandle(never)
+
+    async def leave() -> None:
+        call = asyncio.create_task(routers(handle).generate(REQUEST))
+        await asyncio.sleep(0.01)
+        call.cancel()
+        await asyncio.wait([call])
+        await asyncio.sleep(0)
+        assert handle.response.cancelled
+
+    run(leave())
+
+
+def test_a_call_that_finds_no_router_is_given_up_in_time() -> None:
+    handle = FakeHandle(never)
+    with pytest.raises(ServiceError) as failure:
+        run(routers(handle, num_ready=lambda: 0).generate(REQUEST))
+    assert failure.value.code is StatusCode.UNAVAILABLE
+    assert handle.response.cancelled
+
+
+def test_a_busy_router_may_take_its_time() -> None:
+    async def slow() -> bytes:
+        await asyncio.sleep(0.3)
+        return encode(Finished(request_id="r", attempt=0, finish_reason=FinishReason.STOP))
+
+    looks = iter([0, 0, 0, 1] * 100)
+    end = run(routers(FakeHandle(slow), num_ready=lambda: next(looks)).generate(REQUEST))
+    assert end.finish_reason is FinishReason.STOP
