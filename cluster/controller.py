@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import secrets
-import sys
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ import ray
 from cluster.config import ServiceConfig, parse_config
 from cluster.control_plane import ControlPlane, Outside
 from cluster.kv_store import KvStore
+from cluster.logs import configure_logging
 from cluster.membership import Member, MemberId, MemberKind, MemberState
 from cluster.ray_probe import RayProbe
 from cluster.serve_apps import ServeApps
@@ -23,7 +23,6 @@ from cluster.token_file import ServiceRecord, remove_record, state_folder, write
 
 logger = logging.getLogger("arriero.controller")
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PROBE_TIMEOUT_S = 1.0
 SERVE_TIMEOUT_S = 5.0
 
@@ -32,7 +31,7 @@ class Controller:
     """Every method waits until the control plane stands. ``config`` is a ServiceConfig as a plain dict."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+        configure_logging()
         self._record: ServiceRecord | None = None
         self._plane = asyncio.create_task(self._start(parse_config(config)))
         self._life = asyncio.create_task(self._live())

@@ -19,6 +19,7 @@ from types import FrameType
 
 from cluster.config import ServiceConfig, parse_config
 from cluster.driver_spec import DriverSpec
+from cluster.logs import configure_logging
 from cluster.processes import adopt_orphans, end_descendants
 from cluster.ray_setup import set_environment, start_ray, start_serve
 from cluster.start_failure import start_failure
@@ -144,7 +145,7 @@ def run(spec: DriverSpec) -> int:
 
 def main() -> None:
     spec = DriverSpec.from_json(sys.stdin.buffer.read())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging()
     end_with_parent(spec.parent_pid, signal.SIGINT)
     adopt_orphans()
     # Ray adds the current folder to its workers' import path; nothing of the user's may shadow our packages.

@@ -29,6 +29,8 @@ def set_environment(ray_address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Serve logs every failed start as a stack trace, and every call; its log files have them all the same.
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    # Ray leaves lines away that look alike, such as the same one of two shards.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if ray_address is not None:

@@ -13,6 +13,7 @@ import ray
 from cluster.config import parse_config
 from cluster.controller_link import ControllerLink
 from cluster.engine_settings import engine_settings
+from cluster.logs import configure_logging
 from cluster.membership import Member, MemberId, MemberKind, MemberState
 from router.messages import EngineStats, Start
 from router.replica import EngineDiedError, Router, RouterTimeouts
@@ -28,6 +29,7 @@ class RouterReplica:
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         """config: a ServiceConfig as a plain dict. Serve awaits this. Raises what keeps the router from starting."""
+        configure_logging()
         self._router: Router | None = None
         self._link: ControllerLink | None = None
         service = parse_config(config)

@@ -9,9 +9,10 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
+from cluster.admission import MAX_DEFAULT_TOKENS
 from cluster.chat import ChatMessage, encode_chat
 from cluster.config import ServiceConfig
 from cluster.engine_settings import engine_settings
@@ -45,7 +46,6 @@ SAMPLING_HELP = {
     "presence_penalty": "Subtracted once from the logits of tokens in the output.",
     "frequency_penalty": "Subtracted from a token's logit for each time it is in the output.",
     "min_tokens": "No end token before this many tokens.",
-    "max_tokens": "Stop after this many tokens.",
 }
 
 
@@ -66,6 +66,12 @@ def _add_sampling_flags(group: Any) -> None:
         group.add_argument(
             flag(name), type=type(default), default=default, metavar="X", help=f"{text} Default: {default}."
         )
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"Stop after this many tokens. Default: what fits, at most {MAX_DEFAULT_TOKENS}.",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="Of the sampling noise. Default: drawn.")
     group.add_argument("--stop-token-ids", type=token_ids_of, default=(), metavar="IDS", help="Tokens that end it too.")
     group.add_argument("--ignore-eos", action="store_true", help="Go on after the model's own end tokens.")
@@ -81,7 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
     folder = resolve_model(config.model)
     resolved = resolve(config, read_model_config(folder), len(os.sched_getaffinity(0)))
     tokenizer = Tokenizer(folder)
-    request = GenerateRequest(request_id=REQUEST_ID, prompt_ids=_prompt_ids(arguments, tokenizer), params=params)
+    prompt_ids = _prompt_ids(arguments, tokenizer)
+    assert resolved.max_model_len is not None, "resolved"
+    room = resolved.max_model_len - len(prompt_ids)
+    if room < 1:
+        raise ValueError(f"the prompt has {len(prompt_ids)} tokens, max_model_len is {resolved.max_model_len}")
+    params = replace(params, max_tokens=min(params.max_tokens, room))
+    request = GenerateRequest(request_id=REQUEST_ID, prompt_ids=prompt_ids, params=params)
     outputs = _outputs(resolved, request)
     return _print_json(tokenizer, request, outputs) if arguments.json else _print_text(tokenizer, request, outputs)
 
@@ -94,6 +106,7 @@ def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     seed = secrets.randbelow(MAX_SEED) if arguments.seed is None else arguments.seed
     return SamplingParams(
         **{name: getattr(arguments, name) for name in SAMPLING_HELP},
+        max_tokens=MAX_DEFAULT_TOKENS if arguments.max_tokens is None else arguments.max_tokens,
         seed=seed,
         stop_token_ids=arguments.stop_token_ids,
         ignore_eos=arguments.ignore_eos,
