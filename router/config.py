@@ -114,10 +114,6 @@ class ModelConfig:
         return len(self.moe_layers)
 
     @property
-    def queries_per_kv_head(self) -> int:
-        return self.num_attention_heads // self.num_key_value_heads
-
-    @property
     def global_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer, is_local in enumerate(self.rope_layers) if not is_local)
 

@@ -67,19 +67,11 @@ class KvCache:
     ) -> None:
         self.spec = spec
         self.device = device
-        self.num_blocks = {KvGroup.GLOBAL: num_global_blocks, KvGroup.LOCAL: num_local_blocks}
-        self._layers = {
-            layer: self._allocate(num_blocks)
-            for group, num_blocks in self.num_blocks.items()
-            for layer in spec.layers(group)
-        }
+        num_blocks = {KvGroup.GLOBAL: num_global_blocks, KvGroup.LOCAL: num_local_blocks}
+        self._layers = {layer: self._allocate(num_blocks[group]) for group in KvGroup for layer in spec.layers(group)}
 
     def layer(self, layer: int) -> LayerKv:
         return self._layers[layer]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(count * self.spec.block_bytes(group) for group, count in self.num_blocks.items())
 
     def _allocate(self, num_blocks: int) -> LayerKv:
         config = self.spec.config

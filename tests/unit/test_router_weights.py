@@ -111,6 +111,19 @@ def test_progress_grows_to_the_total(tiny: TinyModel, tmp_path: Path, tied: bool
     assert len(set(totals)) == 1
 
 
+PUBLISHED = {
+    "scout": ({"num_local_experts": 16, "interleave_moe_layer_step": 1}, 11_133_096_960),
+    "maverick": ({"num_local_experts": 128, "interleave_moe_layer_step": 2}, 14_164_792_320),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_weights_outside_their_experts_as_counted(name: str) -> None:
+    changes, num_weights = PUBLISHED[name]
+    config = ModelConfig.from_checkpoint_config({"model_type": "llama4_text"} | changes)
+    assert sum(torch.Size(shape).numel() for shape in router_tensors(config).values()) == num_weights
+
+
 PEAK_PROGRAM = """
 import sys, torch
 from pathlib import Path
