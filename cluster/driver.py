@@ -17,11 +17,11 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from cluster.config import ServiceConfig, parse_config
+from cluster.config import parse_config
 from cluster.driver_spec import DriverSpec
 from cluster.logs import configure_logging
 from cluster.processes import adopt_orphans, end_descendants
-from cluster.ray_setup import set_environment, start_ray, start_serve
+from cluster.ray_setup import ServeSetup, set_environment, start_ray, start_serve
 from cluster.start_failure import start_failure
 from cluster.supervisor import SWEEP_TIMEOUT_S, Report, send_report
 from router.parent_death import end_with_parent
@@ -74,9 +74,10 @@ class Service:
         start_ray(self._config, ray_address=self._spec.ray_address, temp_folder=self._spec.temp_folder)
         # Ray has put its own handlers in place.
         stop_signals.install()
-        self._started_serve = start_serve(self._config)
+        setup = start_serve(self._config)
+        self._started_serve = setup.started
         serve.run(build(self._spec.config), name=self._config.app_name)
-        return ready_line(self._config)
+        return ready_line(setup)
 
     def why_failed(self, error: Exception) -> str:
         """One line. The whole story, with the stack traces of all processes, goes into a file beside Ray's logs."""
@@ -103,7 +104,9 @@ class Service:
         if not ray.is_initialized():
             return
         if drain or not self._owns_ray:
-            self._delete_app(self._config.drain_timeout_s if drain else 0.0)
+            drain_timeout_s = self._config.drain_timeout_s if drain else 0.0
+            self._delete_app(drain_timeout_s)
+            self._retire_controller(drain_timeout_s)
             if self._started_serve:
                 serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
@@ -120,10 +123,25 @@ class Service:
                 return
             time.sleep(DELETE_POLL_S)
 
+    def _retire_controller(self, drain_timeout_s: float) -> None:
+        """It would go by itself some time after the application; here it takes the shards down at once."""
+        import ray
 
-def ready_line(config: ServiceConfig) -> str:
-    host = "127.0.0.1" if config.http_host in ("0.0.0.0", "::") else config.http_host
-    return f"arriero ready grpc=127.0.0.1:{config.grpc_port} http={host}:{config.http_port}"
+        from cluster.controller_link import find_controller
+
+        controller = find_controller(self._config.app_name)
+        if controller is None:
+            return
+        try:
+            ray.get(controller.retire.remote(), timeout=drain_timeout_s + DELETE_TIMEOUT_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            # It ends itself right after its answer, which may get lost.
+            logger.info("the controller went without an answer: %s", type(error).__name__)
+
+
+def ready_line(setup: ServeSetup) -> str:
+    host = "127.0.0.1" if setup.http_host in ("0.0.0.0", "::") else setup.http_host
+    return f"arriero ready grpc=127.0.0.1:{setup.grpc_port} http={host}:{setup.http_port}"
 
 
 def run(spec: DriverSpec) -> int:

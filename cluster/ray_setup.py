@@ -12,6 +12,8 @@ import math
 import os
 import secrets
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 from cluster.config import ServiceConfig
 
@@ -72,17 +74,39 @@ def _num_cpus(config: ServiceConfig) -> int:
     return max(os.cpu_count() or 1, math.ceil(wanted) + 1)
 
 
-def start_serve(config: ServiceConfig) -> bool:
-    """Starts Serve's controller and proxies. False where Serve was running: then its own ports stay."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSetup:
+    """Serve as it runs. started: by us; one that was there before keeps its own ports."""
+
+    started: bool
+    http_host: str
+    http_port: int
+    grpc_port: int
+
+
+def start_serve(config: ServiceConfig) -> ServeSetup:
+    """Starts Serve's controller and proxies where there are none. Raises ValueError for a Serve that has no gRPC."""
     import ray
-    from ray import serve
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        was_running = True
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
-        was_running = False
+        _start_serve(config)
+        return ServeSetup(
+            started=True, http_host=config.http_host, http_port=config.http_port, grpc_port=config.grpc_port
+        )
+    details: Any = ray.get(controller.get_serve_instance_details.remote())
+    http, grpc = details["http_options"], details["grpc_options"]
+    missing = set(GRPC_SERVICERS) - set(grpc["grpc_servicer_functions"])
+    if missing:
+        raise ValueError(f"Serve runs on this cluster without {', '.join(sorted(missing))}: shut it down first")
+    return ServeSetup(started=False, http_host=http["host"], http_port=http["port"], grpc_port=grpc["port"])
+
+
+def _start_serve(config: ServiceConfig) -> None:
+    from ray import serve
+
     serve.start(
         http_options={"host": config.http_host, "port": config.http_port, "request_timeout_s": None},
         grpc_options={
@@ -91,4 +115,3 @@ def start_serve(config: ServiceConfig) -> bool:
             "request_timeout_s": None,
         },
     )
-    return not was_running

@@ -10,15 +10,19 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
-from conftest import wait_until
+import ray
+from conftest import Cluster, actor_names, group_names, wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray import serve
 from serve_process import ServeProcess
 
+from cluster import demo
 from cluster.client import ArrieroClient
 from cluster.client_types import ArrieroError, RetryPolicy, Sampling
 
@@ -147,6 +151,39 @@ def test_kill_minus_9_leaves_nothing(tiny_maverick: Path, tmp_path: Path) -> Non
         killed.process.wait()
         killed.wait_until_gone()
         assert killed.temp_files() == []
+
+
+def test_on_a_cluster_that_is_there_it_takes_down_only_what_is_its_own(
+    cluster: Cluster, tiny_maverick: Path, tmp_path: Path
+) -> None:
+    ray_address = ray.get_runtime_context().gcs_address
+    flags = ["--model", str(tiny_maverick), "--shards", "2", "--app-name", "guest", "--address", ray_address]
+    with ServeProcess(*flags, folder=tmp_path) as guest:
+        line = guest.ready_line()
+        assert line == f"arriero ready grpc={cluster.grpc_address} http={cluster.http_address}\n", guest.log.read_text()
+        with ArrieroClient(cluster.grpc_address, application="guest") as client:
+            assert list(client.generate("as a guest", sampling=GREEDY))
+        assert len(actor_names("guest:")) == 3, "a controller and two shards"
+        guest.process.send_signal(signal.SIGTERM)
+        assert guest.end() == ""
+        assert guest.process.returncode == 0, guest.log.read_text()
+        assert guest.living() == {}
+    assert actor_names("guest:") == group_names("guest:") == set()
+    assert "guest" not in serve.status().applications
+    with urllib.request.urlopen(f"http://{cluster.http_address}/-/healthz", timeout=10) as response:
+        assert response.status == 200, "Serve goes on"
+
+
+def test_the_demo_shows_answers_and_what_each_expert_served(
+    service: ServeProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(service.state_home))
+    demo.show(service.address)
+    text = capsys.readouterr().out
+    assert text.count("tokens/s") == len(demo.PROMPTS) + 1
+    assert re.search(r"512 tokens, \d+ tokens/s in all", text)
+    assert re.search(r"^shard-1-\w+ \(pid \d+\): \d+ tokens$", text, re.MULTILINE)
+    assert re.search(r"^    layer 7   expert \d: \d+, expert \d: \d+", text, re.MULTILINE)
 
 
 def test_ctrl_c_in_the_middle_of_a_stream_ends_everything(service: ServeProcess) -> None:
