@@ -11,14 +11,18 @@ from pathlib import Path
 import grpc
 import pytest
 import ray
-from conftest import RunApp, Service, actor_names, group_names, wait_until
+from conftest import Cluster, RunApp, Service, actor_names, group_names, wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray import serve
 
+from cluster.app import build
 from cluster.client import ArrieroClient
 from cluster.client_types import ArrieroError, Piece, RetryPolicy, Sampling
 from cluster.presets import create_checkpoint
 from cluster.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 from experts.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.cluster
 
 PROMPT = "Sheep may safely graze."
 GREEDY = Sampling(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -262,14 +266,22 @@ def test_a_deleted_application_leaves_no_actor_and_no_placement_group(run_app: R
     wait_until(lambda: not any(map(is_alive, pids)), "shard processes gone")
 
 
-def test_a_shard_that_cannot_load_fails_the_deployment_with_its_reason(run_app: RunApp, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_load_fails_the_deployment_with_its_reason(cluster: Cluster, tmp_path: Path) -> None:
     folder = create_checkpoint("tiny-maverick", tmp_path / "broken")
     info = Checkpoint.open(folder).info("model.layers.1.feed_forward.experts.down_proj")
     with info.path.open("r+b") as file:
         file.truncate(info.offset + 8)
-    with pytest.raises(RuntimeError), run_app("broken", model=str(folder), shards=2):
-        pass
-    assert actor_names("broken:") == set()
+    application = build({"model": str(folder), "shards": 2, "app_gone_s": 0.0})
+    try:
+        with pytest.raises(RuntimeError):
+            serve.run(application, name="broken", route_prefix="/broken")
+        message = serve.status().applications["broken"].deployments["Router"].message
+        assert "StartError: shard-" in message
+        assert info.path.name in message
+        assert not actor_names("broken:shard")
+    finally:
+        serve.delete("broken")
+    wait_until(lambda: not actor_names("broken:") and not group_names("broken:"), "nothing is left")
 
 
 def test_a_full_queue_refuses_what_comes_on_top(run_app: RunApp) -> None:
