@@ -102,7 +102,7 @@ class ExpertTier:
             await self._memory.change(shard_ids=shard_ids(config.shards, secrets.token_hex(3)))
         epoch = self._epoch_in_force()
         placement = epoch.placement if epoch is not None else self._place(model)
-        addresses = await self._fleet.load(self._specs(config, placement), epoch)
+        addresses = await self._fleet.load(self._specs(config, model, placement), epoch)
         if epoch is None:
             number = self._memory.state.last_epoch + 1
             epoch = Epoch(number=number, weights_version=WEIGHTS_VERSION, shards=addresses, placement=placement)
@@ -126,11 +126,12 @@ class ExpertTier:
             copies=self.config.copies,
         )
 
-    def _specs(self, config: ServiceConfig, placement: ExpertPlacement) -> dict[ShardId, ShardSpec]:
+    def _specs(self, config: ServiceConfig, model: ModelConfig, placement: ExpertPlacement) -> dict[ShardId, ShardSpec]:
         return shard_specs(
             self.shard_ids,
             placement.slots_by_shard,
             model=config.model,
+            shape=model.expert_shape,
             dtype=config.dtype,
             device=config.device,
             num_threads=config.shard_threads,

@@ -7,11 +7,10 @@ import logging
 import torch
 
 from experts.checkpoint import Checkpoint
-from experts.checkpoint_error import CheckpointError
 from experts.hub import resolve_model
 from experts.shard import Shard
 from experts.shard_spec import ShardSpec
-from experts.weights import ExpertShape, load_slots
+from experts.weights import load_slots
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,31 +23,17 @@ def load_shard(spec: ShardSpec) -> Shard:
     dtype = _DTYPES[spec.dtype]
     torch.set_num_threads(spec.num_threads)
     checkpoint = Checkpoint.open(resolve_model(spec.model))
-    shape = _expert_shape(checkpoint)
 
     def report(done: int, total: int) -> None:
         if done == total or done % max(1, total // 10) == 0:
             _LOG.info("shard %s: %d of %d slots loaded", spec.shard_id, done, total)
 
-    slots = load_slots(checkpoint, spec.slots, shape, dtype=dtype, device=spec.device, progress=report)
+    slots = load_slots(checkpoint, spec.slots, spec.shape, dtype=dtype, device=spec.device, progress=report)
     return Shard(
         shard_id=spec.shard_id,
         slots=slots,
-        hidden_size=shape.hidden_size,
+        hidden_size=spec.shape.hidden_size,
         dtype=dtype,
         device=spec.device,
         weights_version=spec.weights_version,
     )
-
-
-def _expert_shape(checkpoint: Checkpoint) -> ExpertShape:
-    """From either spelling of the configuration: the text part of a llama4 one, or a flat llama4_text one."""
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    try:
-        return ExpertShape(
-            hidden_size=text["hidden_size"],
-            intermediate_size=text["intermediate_size"],
-            num_experts=text["num_local_experts"],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'} lacks {error}") from error

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experts.expert_shape import ExpertShape
 from experts.placement import ShardId, Slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
-    """model: a folder or a hub id. dtype: torch's name, for example "bfloat16". num_threads: of one matmul."""
+    """model: a folder or a hub id; its experts have the given shape, by its configuration. dtype: torch's name, for
+    example "bfloat16". num_threads: of one matmul."""
 
     shard_id: ShardId
     model: str
+    shape: ExpertShape
     slots: tuple[Slot, ...]
     dtype: str
     device: str

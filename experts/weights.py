@@ -10,24 +10,15 @@ Shapes: E experts, D model width, F hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from experts.checkpoint import Checkpoint
+from experts.expert_shape import ExpertShape
 from experts.linear import PackedLinear
 from experts.mlp import Mlp
 from experts.placement import Slot
 from experts.scratch import scratch_tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertShape:
-    """What the experts of all MoE layers have in common."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
 
 
 def expert_tensor_names(layer: int) -> tuple[str, str]:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from experts.expert_shape import ExpertShape
 from router.config_fields import ConfigError, ConfigFields
-
-if TYPE_CHECKING:
-    from experts.weights import ExpertShape
 
 __all__ = ["ConfigError", "Llama3Scaling", "ModelConfig", "RopeConfig"]
 
@@ -123,9 +121,6 @@ class ModelConfig:
 
     @property
     def expert_shape(self) -> ExpertShape:
-        # Imported on use: experts.weights needs torch, reading a config must not.
-        from experts.weights import ExpertShape
-
         return ExpertShape(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experts.checkpoint import PIECE_BYTES, Checkpoint, CheckpointError
+from experts.expert_shape import ExpertShape
 from experts.linear import PackedLinear
 from experts.mlp import Mlp
 from experts.placement import Slot
-from experts.weights import ExpertShape, expert_tensor_names, load_expert, load_slots, validate_experts
+from experts.weights import expert_tensor_names, load_expert, load_slots, validate_experts
 
 SHAPE = ExpertShape(hidden_size=8, intermediate_size=12, num_experts=3)
 LAYER = 1

@@ -14,9 +14,10 @@ import torch
 from published_headers import BEHEMOTH, MAVERICK, SCOUT, PublishedModel, tensor_shapes, write_sparse
 
 from experts.checkpoint import Checkpoint
+from experts.expert_shape import ExpertShape
 from experts.linear import PackedLinear
 from experts.placement import Slot
-from experts.weights import ExpertShape, load_expert, validate_experts
+from experts.weights import load_expert, validate_experts
 from router.config import ModelConfig
 from router.weights import validate_router
 
@@ -108,7 +109,8 @@ import torch
 from experts.checkpoint import Checkpoint
 from experts.linear import PackedLinear
 from experts.placement import Slot
-from experts.weights import ExpertShape, load_slots
+from experts.expert_shape import ExpertShape
+from experts.weights import load_slots
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

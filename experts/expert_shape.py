@@ -1,0 +1,14 @@
+"""The size of a model's routed experts. Free of torch: whoever only plans shards needs it, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """What the experts of all MoE layers have in common."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
