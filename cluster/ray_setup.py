@@ -20,8 +20,8 @@ from cluster.config import ServiceConfig
 # Only requests and control messages pass through it; tensors travel in lanes.
 OBJECT_STORE_BYTES = 256 * 2**20
 GRPC_SERVICERS = (
-    "cluster.v1.generation_pb2_grpc.add_GenerationServiceServicer_to_server",
-    "cluster.v1.admin_pb2_grpc.add_AdminServiceServicer_to_server",
+    "cluster.grpc_services.add_generation_service",
+    "cluster.grpc_services.add_admin_service",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
 
