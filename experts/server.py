@@ -27,6 +27,9 @@ from experts.transport.tcp_listener import LaneRules, TcpListener
 
 _LOG = logging.getLogger(__name__)
 
+# How long the shard leaves its listener alone when the system gives it no further socket.
+_DEAF_S = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
@@ -90,6 +93,7 @@ class ShardServer:
         self._tiles = TileQueue()
         self._opened_at: dict[LaneEnd, float] = {}
         self._num_accepted = 0
+        self._deaf_until = 0.0
         self._progress = 0
         self._busy_s = 0.0
         self._refused: Counter[str] = Counter()
@@ -163,7 +167,6 @@ class ShardServer:
             self._close_everything()
 
     def _serve(self) -> None:
-        self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         while not self._finished():
             self._poll(timeout_s=0.0 if self._tiles else 1.0)
@@ -177,6 +180,7 @@ class ShardServer:
         return idle or time.monotonic() > self._drain_deadline
 
     def _poll(self, timeout_s: float) -> None:
+        self._listen_again()
         for key, events in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
                 self._accept()
@@ -188,7 +192,15 @@ class ShardServer:
 
     def _accept(self) -> None:
         self._num_accepted += 1
-        lane = self._listener.accept(self._num_accepted)
+        try:
+            lane = self._listener.accept(self._num_accepted)
+        except OSError as error:
+            # Out of file descriptors, mostly. The listener would stay ready and keep the loop spinning.
+            _LOG.warning("shard %s takes no lane for now: %s", self._shard.shard_id, error)
+            self._refused["no socket"] += 1
+            self._selector.unregister(self._listener)
+            self._deaf_until = time.monotonic() + _DEAF_S
+            return
         if lane is None:
             return
         if self._closing is not _Closing.NO:
@@ -200,6 +212,10 @@ class ShardServer:
             return
         self._opened_at[lane] = time.monotonic()
         self._selector.register(lane, selectors.EVENT_READ, data=lane)
+
+    def _listen_again(self) -> None:
+        if self._listener not in self._selector.get_map() and time.monotonic() > self._deaf_until:
+            self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _close_unopened(self) -> None:
         latest = time.monotonic() - self._limits.opening_s

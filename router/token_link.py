@@ -9,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from experts.opening import CHALLENGE_BYTES, OpeningError
+from experts.opening import CHALLENGE_BYTES
 from router.token_opening import LENGTH, WELCOME_BYTES, check_welcome, make_answer
 
 _FLUSH_POLL_S = 0.005
@@ -124,7 +124,8 @@ class TokenLink:
         try:
             sock = socket.create_connection((host, port), timeout=self._limits.connect_timeout_s)
             self._introduce(sock, router_id, secret, deadline)
-        except (OSError, OpeningError) as error:
+        except (OSError, ValueError) as error:
+            # A ValueError is an OpeningError, an id too long to introduce ourselves with, or no host name at all.
             if sock is not None:
                 sock.close()
             self._opening_error = f"could not be reached: {error}"

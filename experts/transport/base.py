@@ -119,6 +119,9 @@ class Listener(Protocol):
     def fileno(self) -> int: ...
 
     def accept(self, lane: int) -> LaneEnd | None:
-        """The next router's end under this lane number; None when there was none after all."""
+        """The next router's end under this lane number; None when there was none after all.
+
+        Raises OSError when the system cannot give another one.
+        """
 
     def close(self) -> None: ...

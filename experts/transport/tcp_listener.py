@@ -62,6 +62,7 @@ class TcpListener:
         return self._socket.fileno()
 
     def accept(self, lane: int) -> TcpLane | None:
+        """None when nobody was there after all. Raises OSError when the system cannot give another socket."""
         try:
             sock, _peer = self._socket.accept()
         except (BlockingIOError, ConnectionAbortedError):

@@ -180,6 +180,11 @@ def test_a_gateway_that_nobody_listens_for_is_lost(links: TokenLinks) -> None:
     assert "could not be reached" in lost[address]
 
 
+def test_a_gateway_whose_address_cannot_be_looked_up_is_lost(links: TokenLinks) -> None:
+    links.open("no..host:5000")
+    wait_until(lambda: "could not be reached" in links.poll().get("no..host:5000", ""))
+
+
 def test_a_gateway_that_says_nothing_is_lost_by_the_deadline_of_its_opening(links: TokenLinks) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = f"127.0.0.1:{mute.getsockname()[1]}"
