@@ -17,6 +17,9 @@ class Context:
     def __init__(self) -> None:
         self.has_ended = False
 
+    def end(self) -> None:
+        self.has_ended = True
+
     def peer(self) -> str:
         assert not self.has_ended
         return "ipv4:127.0.0.1:1"
@@ -88,10 +91,9 @@ def test_the_handler_hears_of_a_client_that_goes(is_sending: bool) -> None:
                     await asyncio.Event().wait()
 
         task = asyncio.create_task(call())
+        task.add_done_callback(lambda _: context.end())
         await handler.is_waiting.wait()
         task.cancel()
-        await asyncio.wait([task])
-        context.has_ended = True
         await handler.ended.wait()
         assert handler.asked == ["ipv4:127.0.0.1:1", 7]
 
