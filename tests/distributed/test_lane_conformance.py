@@ -11,6 +11,7 @@ from expert_fleet import LAYERS, Fleet, ProcessShard, ThreadShard
 from lane_rows import NUM_EXPERTS, Rows, random_rows, run
 
 from experts.lane import LaneDispatcher
+from experts.server import ServerLimits
 
 
 @pytest.fixture(autouse=True)
@@ -137,9 +138,9 @@ def test_shards_without_rows_hear_nothing() -> None:
 
 
 def test_a_message_larger_than_the_sockets_hold_does_not_deadlock_against_its_answer() -> None:
-    num_tokens = 60_000
-    rows = random_rows(num_tokens, num_experts=2)
-    with Fleet(num_shards=1, num_experts=2) as fleet:
+    rows = random_rows(60_000, num_experts=2)
+    # The shard takes no second message before its first answer has left, and that does not fit the sockets.
+    with Fleet(num_shards=1, num_experts=2, limits=ServerLimits(max_unanswered=1)) as fleet:
         lane = fleet.dispatcher()
         first = lane.dispatch(LAYERS[0], rows.x_TD, rows.ids_TK, rows.scores_TK)
         second = lane.dispatch(LAYERS[0], rows.x_TD, rows.ids_TK, rows.scores_TK)
