@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from experts.opening import CHALLENGE_BYTES
-from router.token_opening import LENGTH, WELCOME_BYTES, check_welcome, make_answer
+from router.token_opening import LENGTH, MAX_BATCH_BYTES, WELCOME_BYTES, check_welcome, make_answer
 
 _FLUSH_POLL_S = 0.005
 
@@ -18,11 +18,12 @@ _FLUSH_POLL_S = 0.005
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkLimits:
     """connect_timeout_s: connecting and opening. stall_timeout_s: how long a gateway may take nothing while bytes
-    wait for it. max_backlog_bytes: how many may wait before a further batch finds the gateway too slow."""
+    wait for it. max_backlog_bytes: how many may wait before a further batch finds the gateway too slow; more than
+    one batch, as even a fast gateway does not take the largest within a step."""
 
     connect_timeout_s: float = 5.0
     stall_timeout_s: float = 10.0
-    max_backlog_bytes: int = 32 << 20
+    max_backlog_bytes: int = 2 * MAX_BATCH_BYTES
 
 
 class TokenLink:

@@ -15,7 +15,7 @@ from experts.opening import ANSWER_BYTES
 from router.messages import SequenceOutput
 from router.token_link import LinkLimits
 from router.token_links import TokenLinks
-from router.token_opening import LENGTH, make_challenge, make_welcome
+from router.token_opening import LENGTH, MAX_BATCH_BYTES, make_challenge, make_welcome
 
 LIMITS = LinkLimits(connect_timeout_s=1.0, stall_timeout_s=0.3, max_backlog_bytes=1 << 20)
 
@@ -150,6 +150,18 @@ def test_a_gateway_that_reads_nothing_is_lost_by_its_backlog(links: TokenLinks) 
     assert "does not read its tokens" in lost[gateway.address]
     assert links.addresses == ()
     gateway.close()
+
+
+def test_a_gateway_is_not_too_slow_for_having_a_whole_batch_before_it() -> None:
+    links = TokenLinks(router_id="router-a", secret=SECRET)
+    gateway = SilentGateway()
+    links.open(gateway.address)
+    large = _output("a", *[1] * (MAX_BATCH_BYTES - 1000))
+    assert links.send(gateway.address, [large]) == []
+    assert links.send(gateway.address, [_output("a", 2)]) == []
+    assert links.poll() == {}
+    gateway.close()
+    links.close(0.0)
 
 
 def test_a_gateway_that_stops_reading_is_lost_by_the_clock(links: TokenLinks) -> None:
