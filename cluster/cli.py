@@ -17,6 +17,9 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = 130
+
+
 class Command(Protocol):
     """What a module of cluster.commands offers."""
 
@@ -30,8 +33,26 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 is the caller's mistake, said in one line on stderr; 1 is ours or the machine's."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
     name = next((word for word in argv if word in COMMANDS), None)
     command = None if name is None else load_command(name)
+    arguments = _parser(command, name).parse_args(argv)
+    assert command is not None, "argparse lets only known commands through"
+    try:
+        return command.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"arriero {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser(command: Command | None, name: str | None) -> argparse.ArgumentParser:
+    """Knows all commands by name, and the arguments of the given one."""
     parser = argparse.ArgumentParser(prog="arriero", description="Serve Llama 4 class mixture-of-experts models.")
     parser.add_argument("--version", action="version", version=f"arriero {version('arriero')}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -39,23 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(each, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if command is not None and each == name:
             command.add_arguments(subparser)
-    arguments = parser.parse_args(argv)
-    assert command is not None, "argparse lets only known commands through"
-    return _run(command, arguments)
+    return parser
 
 
 def load_command(name: str) -> Command:
     return cast("Command", import_module(f"cluster.commands.{name}"))
-
-
-def _run(command: Command, arguments: argparse.Namespace) -> int:
-    try:
-        return command.run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"arriero {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

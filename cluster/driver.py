@@ -63,6 +63,7 @@ class Service:
         self._spec = spec
         self._config = parse_config(spec.config)
         self._owns_ray = spec.ray_address is None
+        self._began = False
         self._started_serve = False
 
     def start(self, stop_signals: StopSignals) -> str:
@@ -71,6 +72,8 @@ class Service:
 
         from cluster.app import build
 
+        # Only from here on is there anything to stop; a signal may even have broken off the imports.
+        self._began = True
         start_ray(self._config, ray_address=self._spec.ray_address, temp_folder=self._spec.temp_folder)
         # Ray has put its own handlers in place.
         stop_signals.install()
@@ -87,6 +90,8 @@ class Service:
 
     def _deployment_messages(self) -> list[str]:
         """What Serve has to say about each deployment of the application, as far as there is one."""
+        if not self._began:
+            return []
         import ray
         from ray import serve
 
@@ -98,6 +103,8 @@ class Service:
 
     def stop(self, *, drain: bool) -> None:
         """Leaves nothing of the service behind; on a Ray cluster of our own no Ray either."""
+        if not self._began:
+            return
         import ray
         from ray import serve
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import suppress
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    # A shell starts background jobs with SIGINT ignored; a service must be stoppable from the first moment.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config = config_from_flags(arguments)
     if arguments.address is None:
         check_ports(config)
