@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from cluster.config import ServiceConfig
 from router.config import ModelConfig
@@ -14,14 +15,19 @@ DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", N
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Raises FileNotFoundError or ValueError naming the file, or the field and its value."""
-    path = folder / "config.json"
+    generation_path = folder / "generation_config.json"
+    generation = _read_object(generation_path) if generation_path.exists() else None
+    return ModelConfig.from_checkpoint_config(_read_object(folder / "config.json"), generation)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object")
-    return ModelConfig.from_checkpoint_config(raw)
+    return raw
 
 
 def resolve(config: ServiceConfig, model: ModelConfig, num_cores: int) -> ServiceConfig:

@@ -41,11 +41,18 @@ class Checkpoint:
     """The tensors of one model folder. Names are those of the text part, without ``text_prefix``."""
 
     def __init__(
-        self, *, folder: Path, config: dict[str, Any], text_prefix: str, tensors: dict[str, TensorInfo]
+        self,
+        *,
+        folder: Path,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        text_prefix: str,
+        tensors: dict[str, TensorInfo],
     ) -> None:
-        """Use ``open``. ``tensors`` is keyed by full names."""
+        """Use ``open``. ``tensors`` is keyed by full names. generation_config is empty where there is no such file."""
         self.folder = folder
         self.config = config
+        self.generation_config = generation_config
         self.text_prefix = text_prefix
         self.bytes_read = 0
         self._tensors = tensors
@@ -63,8 +70,14 @@ class Checkpoint:
                 f"{folder / 'config.json'}: unknown architecture: model_type is {model_type!r}, "
                 f"wanted one of {', '.join(TEXT_PREFIXES)}"
             )
-        tensors = _read_tensors(folder)
-        return cls(folder=folder, config=config, text_prefix=TEXT_PREFIXES[model_type], tensors=tensors)
+        generation_path = folder / "generation_config.json"
+        return cls(
+            folder=folder,
+            config=config,
+            generation_config=_read_json(generation_path) if generation_path.exists() else {},
+            text_prefix=TEXT_PREFIXES[model_type],
+            tensors=_read_tensors(folder),
+        )
 
     def names(self) -> tuple[str, ...]:
         """The names of the text part, sorted."""

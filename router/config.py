@@ -71,17 +71,23 @@ class ModelConfig:
     torch_dtype: str | None
 
     @classmethod
-    def from_checkpoint_config(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """``raw`` is the whole config.json. Raises ConfigError naming the field, its value and what is wrong."""
+    def from_checkpoint_config(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+        """``raw`` is the whole config.json, ``generation`` the whole generation_config.json where there is one.
+
+        The end tokens are generation_config.json's if it has any: instruct checkpoints may list more of them there.
+        Raises ConfigError naming file, field, its value and what is wrong.
+        """
         outer = ConfigFields(raw)
+        generation_fields = ConfigFields(generation or {}, file_name="generation_config.json")
         text = _text_fields(outer)
         _refuse_unsupported(outer, text)
+        vocab_size = text.integer("vocab_size", 202048)
         num_layers = text.integer("num_hidden_layers", 48)
         num_heads = text.integer("num_attention_heads", 40)
         hidden_size = text.integer("hidden_size", 5120)
         num_experts = text.integer("num_local_experts", 16)
         return cls(
-            vocab_size=text.integer("vocab_size", 202048),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=text.integer("intermediate_size", 8192),
             intermediate_size_mlp=text.integer("intermediate_size_mlp", 16384),
@@ -102,7 +108,7 @@ class ModelConfig:
             rope=_rope(text),
             max_position_embeddings=text.integer("max_position_embeddings", 131072),
             bos_token_id=_first_with("bos_token_id", text, outer).optional_integer("bos_token_id"),
-            eos_token_ids=_eos_token_ids(_first_with("eos_token_id", text, outer)),
+            eos_token_ids=_eos_token_ids(_first_with("eos_token_id", generation_fields, text, outer), vocab_size),
             tie_word_embeddings=_first_with("tie_word_embeddings", text, outer).boolean("tie_word_embeddings", False),
             torch_dtype=_torch_dtype(text, outer),
         )
@@ -265,11 +271,15 @@ def _first_with(name: str, *sources: ConfigFields) -> ConfigFields:
     return next((fields for fields in sources if fields.has(name)), sources[0])
 
 
-def _eos_token_ids(fields: ConfigFields) -> tuple[int, ...]:
+def _eos_token_ids(fields: ConfigFields, vocab_size: int) -> tuple[int, ...]:
     if isinstance(fields.raw.get("eos_token_id"), list | tuple):
-        return fields.integers("eos_token_id") or ()
-    token_id = fields.optional_integer("eos_token_id")
-    return () if token_id is None else (token_id,)
+        token_ids = fields.integers("eos_token_id") or ()
+    else:
+        token_id = fields.optional_integer("eos_token_id")
+        token_ids = () if token_id is None else (token_id,)
+    if any(token_id >= vocab_size for token_id in token_ids):
+        raise fields.error("eos_token_id", f"must be below vocab_size = {vocab_size}")
+    return token_ids
 
 
 def _torch_dtype(text: ConfigFields, outer: ConfigFields) -> str | None:

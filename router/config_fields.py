@@ -12,23 +12,24 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A checkpoint's config.json says something Arriero cannot serve. The message names field and value."""
+    """A checkpoint's configuration says something Arriero cannot serve. The message names file, field and value."""
 
-    def __init__(self, field: str, value: object, reason: str) -> None:
-        super().__init__(f"config.json: {field} = {value!r}: {reason}")
+    def __init__(self, field: str, value: object, reason: str, *, file_name: str = "config.json") -> None:
+        super().__init__(f"{file_name}: {field} = {value!r}: {reason}")
         self.field = field
         self.value = value
 
 
 class ConfigFields:
-    """One JSON object and the path to it, which error messages carry."""
+    """One JSON object, the path to it and the file it is in, which error messages carry."""
 
-    def __init__(self, raw: Mapping[str, Any], path: str = "") -> None:
+    def __init__(self, raw: Mapping[str, Any], path: str = "", *, file_name: str = "config.json") -> None:
         self.raw = raw
         self.path = path
+        self.file_name = file_name
 
     def error(self, name: str, reason: str) -> ConfigError:
-        return ConfigError(self.path + name, self.raw.get(name), reason)
+        return ConfigError(self.path + name, self.raw.get(name), reason, file_name=self.file_name)
 
     def has(self, name: str) -> bool:
         return self.raw.get(name) is not None
@@ -101,7 +102,7 @@ class ConfigFields:
             return None
         if not isinstance(value, Mapping):
             raise self.error(name, "must be an object")
-        return ConfigFields(value, f"{self.path}{name}.")
+        return ConfigFields(value, f"{self.path}{name}.", file_name=self.file_name)
 
 
 def _whole(value: object) -> int | None:

@@ -63,6 +63,16 @@ def with_header(folder: Path, header: bytes, data: bytes = b"") -> Path:
     return folder
 
 
+def test_generation_config_json_is_read_where_there_is_one(tmp_path: Path) -> None:
+    write_folder(tmp_path, weights())
+    assert Checkpoint.open(tmp_path).generation_config == {}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [6, 7]}')
+    assert Checkpoint.open(tmp_path).generation_config == {"eos_token_id": [6, 7]}
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: not valid JSON"):
+        Checkpoint.open(tmp_path)
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tensors_come_back_as_the_library_wrote_them(tmp_path: Path, dtype: torch.dtype, nested: bool) -> None:

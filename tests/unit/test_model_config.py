@@ -124,6 +124,19 @@ def test_stop_tokens_may_be_one_several_or_none() -> None:
     assert parse(eos_token_id=None).eos_token_ids == ()
 
 
+def test_end_tokens_are_those_of_generation_config_json_where_it_has_them() -> None:
+    raw = SCOUT | {"model_type": "llama4_text", "eos_token_id": 5}
+    assert ModelConfig.from_checkpoint_config(raw, {"eos_token_id": [6, 7]}).eos_token_ids == (6, 7)
+    assert ModelConfig.from_checkpoint_config(legacy(), {"eos_token_id": 6}).eos_token_ids == (6,)
+    assert ModelConfig.from_checkpoint_config(raw, {"eos_token_id": None, "top_p": 0.9}).eos_token_ids == (5,)
+
+
+def test_a_malformed_end_token_of_generation_config_json_names_that_file() -> None:
+    raw = SCOUT | {"model_type": "llama4_text"}
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id = \[512\]: must be below"):
+        ModelConfig.from_checkpoint_config(raw, {"eos_token_id": [512]})
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -154,6 +167,7 @@ def test_stop_tokens_may_be_one_several_or_none() -> None:
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("eos_token_id", "end"),
+        ("eos_token_id", [2, 512]),
         ("bos_token_id", -1),
     ],
 )
