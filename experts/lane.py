@@ -71,6 +71,11 @@ class LaneDispatcher:
             if slots:
                 self._open(shard_id, lane_id, secret, connect)
 
+    @property
+    def max_rows(self) -> int | None:
+        """How many routed rows a dispatch may have; None when no shard is there to say."""
+        return min((link.terms.max_rows for link in self._links.values()), default=None)
+
     def begin_step(self, step: int) -> None:
         """Raises ValueError if the step is not above the last one: its messages could be mistaken."""
         if self._step is not None and step <= self._step:

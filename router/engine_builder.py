@@ -43,7 +43,7 @@ def build_engine(start: Start) -> BuiltEngine:
     torch.set_num_threads(settings.num_threads)
     dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
     checkpoint = Checkpoint.open(resolve_model(settings.model))
-    config = ModelConfig.from_checkpoint_config(checkpoint.config)
+    config = ModelConfig.from_checkpoint_config(checkpoint.config, checkpoint.generation_config)
     spec = KvCacheSpec(config=config, dtype=dtype, block_size=config.block_size_for(settings.block_size))
     demand = kv_demand(spec, settings)
     validate_router(checkpoint, config)
@@ -106,6 +106,7 @@ def _make_dispatcher(
             secret=start.secret,
             timeout_s=start.settings.lane_timeout_s,
         )
+        _check_step_size(start.settings, config, lanes)
         for shard_id, reason in lanes.lost.items():
             logger.warning("%s is lost from the start: %s", shard_id, reason)
         return lanes, None
@@ -119,6 +120,18 @@ def _make_dispatcher(
         weights_version=start.weights_version,
     )
     return LocalDispatcher(shard), shard.load
+
+
+def _check_step_size(settings: EngineSettings, config: ModelConfig, lanes: LaneDispatcher) -> None:
+    """A step that the shards do not take would end the engine in the middle of its work."""
+    if lanes.max_rows is None:
+        return
+    most = lanes.max_rows // config.num_experts_per_tok
+    if settings.max_num_batched_tokens > most:
+        raise ValueError(
+            f"max_num_batched_tokens must be at most {most} with experts in shards, "
+            f"not {settings.max_num_batched_tokens}"
+        )
 
 
 def _limits(settings: EngineSettings, spec: KvCacheSpec, capacity: KvCapacity) -> EngineLimits:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from engine_harness import CLOSE_S, READY_S, SECRET, listening, start_message, wait_until, wait_until_async
@@ -173,6 +176,14 @@ def test_settings_that_cannot_work_are_named_at_start(checkpoint: Path, settings
         build_engine(_start(checkpoint, **settings))
 
 
+def test_a_step_larger_than_shards_take_is_refused_at_start(checkpoint: Path) -> None:
+    with (
+        _serving_shards(checkpoint, 1) as epoch,
+        pytest.raises(ValueError, match=r"max_num_batched_tokens must be at most 65536 .* not 65537"),
+    ):
+        build_engine(_start(checkpoint, epoch, max_num_batched_tokens=65537))
+
+
 def test_a_truncated_tensor_is_named_at_start(checkpoint: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -181,3 +192,24 @@ def test_a_truncated_tensor_is_named_at_start(checkpoint: Path, tmp_path: Path) 
         (broken / source.name).write_bytes(data[:-1000] if source.suffix == ".safetensors" else data)
     with pytest.raises(ValueError, match=r"model.*\.safetensors"):
         build_engine(_start(broken))
+
+
+def test_end_tokens_of_generation_config_json_end_a_sequence(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    greedy = GenerateRequest(
+        request_id="r", prompt_ids=PROMPTS[0], params=SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    )
+    expected = _token_ids(folder, greedy)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [expected[3]]}))
+    ended = _token_ids(folder, msgspec.structs.replace(greedy, params=replace(greedy.params, ignore_eos=False)))
+    assert ended == expected[: expected.index(expected[3]) + 1]
+
+
+def _token_ids(folder: Path, request: GenerateRequest) -> list[int]:
+    engine = build_engine(_start(folder)).engine
+    engine.add(request)
+    token_ids: list[int] = []
+    while engine.has_work:
+        token_ids += [token_id for output in engine.step() for token_id in output.token_ids]
+    return token_ids
