@@ -11,6 +11,7 @@ OURS = ("arriero", "cluster", "router", "experts")
 
 def configure_logging() -> None:
     """For one process, at its start. Ours from INFO on, of everybody else's what is a warning."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=FORMAT)
+    # Not sys.stderr: in a replica that may be Serve's own log file.
+    logging.basicConfig(stream=sys.__stderr__, level=logging.WARNING, format=FORMAT)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
