@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 
 from conftest import WAIT_S, Service, wait_until
 from ray import serve
@@ -11,10 +12,13 @@ from cluster.app import ROUTER
 from router.messages import EngineStats
 
 Stats = Mapping[str, EngineStats]
+CALLS_AT_ONCE = 8
+# Heartbeats come every second; on a busy machine they may be late.
+MAX_AGE_S = 1.5
 
 
 class EngineWatch:
-    """Asks the routers of one application. What they say is up to a second old."""
+    """Asks the routers of one application. What they say is up to MAX_AGE_S old."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -26,35 +30,37 @@ class EngineWatch:
         found: dict[str, EngineStats] = {}
 
         def hear_all() -> bool:
-            # Serve picks the replica; each is picked soon enough.
-            router_id, stats = self._handle.engine_stats.remote().result(timeout_s=WAIT_S)
-            if stats is not None:
-                found[router_id] = stats
+            # Serve picks the replica, the less busy one rather: only calls that are open at once reach all.
+            calls = [self._handle.engine_stats.remote() for _ in range(CALLS_AT_ONCE)]
+            answers = (call.result(timeout_s=WAIT_S) for call in calls)
+            found.update((router_id, stats) for router_id, stats in answers if stats is not None)
             return wanted <= found.keys()
 
         wait_until(hear_all, f"statistics of {sorted(wanted)}")
         return found
 
-    def wait_for(self, condition: Callable[[Stats], bool], what: str, timeout_s: float = WAIT_S) -> Stats:
-        """The first statistics that meet the condition."""
+    def wait_until_idle(self, timeout_s: float = WAIT_S) -> Stats:
+        """Until no router has a request, and every KV block can be handed out: said for longer than it may be old."""
         seen: list[Stats] = []
+        idle_since: list[float] = []
 
-        def is_met() -> bool:
+        def is_idle_for_long() -> bool:
             seen.append(self.stats())
-            return condition(seen[-1])
+            if not all(map(is_idle, seen[-1].values())):
+                idle_since.clear()
+                return False
+            idle_since.append(time.monotonic())
+            return idle_since[-1] - idle_since[0] > MAX_AGE_S
 
         try:
-            wait_until(is_met, what, timeout_s)
+            wait_until(is_idle_for_long, "all engines idle, all blocks free", timeout_s)
         except AssertionError as error:
-            raise AssertionError(f"{error}; the engines say {seen[-1]}") from None
+            raise AssertionError(f"{error}; they say {seen[-1]}") from None
         return seen[-1]
 
 
-def is_idle(stats: Stats) -> bool:
-    """No router has a request, and every KV block can be handed out."""
-    return all(
-        one.num_running == one.num_waiting == 0 and one.num_free_blocks == one.num_blocks for one in stats.values()
-    )
+def is_idle(stats: EngineStats) -> bool:
+    return stats.num_running == stats.num_waiting == 0 and stats.num_free_blocks == stats.num_blocks
 
 
 def total(stats: Stats, field: str) -> int:

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from answers import Answer, Ask, ask
 from conftest import RunApp, Service, wait_until
-from engine_watch import EngineWatch, is_idle, total
+from engine_watch import EngineWatch, total
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from refusals import BAD_SAMPLING, Refusal, refusals, text_request
@@ -187,7 +187,7 @@ def test_a_deadline_reaches_the_engine(narrow: Service) -> None:
         streams = [client.generate(GOOD.prompt_ids, sampling=ENDLESS, timeout_s=2.0) for _ in range(2)]
         codes = list(threads.map(code_of, streams))
     assert codes == ["DEADLINE_EXCEEDED"] * 2
-    stats = watch.wait_for(is_idle, "the engine is idle", timeout_s=5)
+    stats = watch.wait_until_idle(timeout_s=5)
     assert 0 < total(stats, "num_generated_tokens") < ENDLESS.max_tokens
 
 
@@ -205,7 +205,7 @@ def test_a_full_queue_refuses_and_then_takes_again(narrow: Service, good_answer:
         assert {end.result() for end in ends if end.done()} == {"RESOURCE_EXHAUSTED"}
         for stream in streams:
             stream.close()
-    EngineWatch(narrow).wait_for(is_idle, "the engine is idle")
+    EngineWatch(narrow).wait_until_idle()
     assert ask(narrow, GOOD) == good_answer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 from answers import Answer, Ask, ask_all, ask_all_with_usage
 from conftest import RunApp, Service, Tell
-from engine_watch import EngineWatch, is_idle, total
+from engine_watch import EngineWatch, total
 from oracle_rows import check_greedy, load_tiny
 from tiny_models import TinyModel, prompt
 
@@ -55,11 +55,12 @@ def assert_transformers(
 
 def test_greedy_tokens_of_two_routers_are_transformers(service: Service, tiny: TinyModel, tell: Tell) -> None:
     watch = EngineWatch(service)
-    before = watch.wait_for(is_idle, "engines idle")
+    before = watch.wait_until_idle()
     answers = ask_all(service, requests(PROMPTS))
     assert_transformers(tiny, PROMPTS, answers, tell)
-    after = watch.wait_for(is_idle, "engines idle again")
+    after = watch.wait_until_idle()
     assert total(after, "num_preemptions") == total(before, "num_preemptions")
+    assert len(after) == 2
     assert all(after[router].num_generated_tokens > before[router].num_generated_tokens for router in after)
 
 
@@ -79,10 +80,10 @@ def test_greedy_tokens_of_preempted_sequences_are_transformers(
     crowded: Service, tiny: TinyModel, tell: Tell, prompts: list[list[int]]
 ) -> None:
     watch = EngineWatch(crowded)
-    before = watch.wait_for(is_idle, "engines idle")
+    before = watch.wait_until_idle()
     answers = ask_all(crowded, requests(prompts))
     assert_transformers(tiny, prompts, answers, tell)
-    after = watch.wait_for(is_idle, "engines idle again")
+    after = watch.wait_until_idle()
     num_preemptions = total(after, "num_preemptions") - total(before, "num_preemptions")
     tell(f"{num_preemptions} preemptions")
     assert num_preemptions > 0
