@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,19 +42,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        configure_logging=False,
-        _temp_dir=str(tmp_path_factory.mktemp("ray")),
-    )
-    yield
-    ray.shutdown()
-
-
 def spec(shard_id: str, model: Path, slots: tuple[object, ...]) -> ShardSpec:
     return ShardSpec(
         shard_id=ShardId(shard_id),
@@ -70,7 +56,7 @@ def spec(shard_id: str, model: Path, slots: tuple[object, ...]) -> ShardSpec:
     )
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("cluster")
 def test_shard_actors_load_serve_count_and_drain(model: Path) -> None:
     torch.set_num_threads(1)
     ids = [ShardId("s0"), ShardId("s1"), ShardId("s2")]
