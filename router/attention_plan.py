@@ -99,19 +99,21 @@ class AttentionPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlanner:
-    """Turns spans into a plan. ``chunk_size`` bounds a local span's KV, None for global layers."""
+    """Turns spans into a plan."""
 
     heads: Heads
     head_dim: int
     block_size: int
-    chunk_size: int | None
     device: torch.device
 
     @property
     def positions_per_split(self) -> int:
-        """A whole number of blocks, the same for every step of a service."""
-        size = max(self.block_size, POSITIONS_PER_SPLIT // self.block_size * self.block_size)
-        return size if self.chunk_size is None else min(size, self.chunk_size)
+        """A whole number of blocks, the same for every step of a service.
+
+        Also where an attention chunk is shorter: bmm has other kernels for small matrices, whose bits depend on
+        the number of rows.
+        """
+        return max(self.block_size, POSITIONS_PER_SPLIT // self.block_size * self.block_size)
 
     def plan(self, spans: Sequence[Span], kv_positions: IntArray, kv_blocks: IntArray) -> AttentionPlan:
         """``kv_positions`` [T] and ``kv_blocks`` [T]: position of each token of the step, block it is stored in."""

@@ -91,7 +91,6 @@ def _plan(
         heads=Heads(num_query_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads),
         head_dim=config.head_dim,
         block_size=block_size,
-        chunk_size=chunk,
         device=device,
     )
     first_tokens = _first_rows(slices)

@@ -71,6 +71,16 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "topk2": SCOUT | {"num_experts_per_tok": 2},
     "explicit_moe_layers": SCOUT | {"moe_layers": [1, 2, 7]},
 }
+UNEVEN: dict[str, Any] = SCOUT | {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 14,
+    "num_experts_per_tok": 3,
+    "num_local_experts": 5,
+    "attention_chunk_size": 7,
+}
+"""Sizes that are no powers of two, chunks so short that bmm has kernels for small matrices."""
 LONG: dict[str, Any] = SCOUT | {
     "num_hidden_layers": 2,
     "num_attention_heads": 5,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from paged_runner import PagedRunner, RunningSequence, make_runner
-from tiny_models import LONG, MAVERICK, SCOUT, WIDE, TinyModel, make_tiny, prompt
+from tiny_models import LONG, MAVERICK, SCOUT, UNEVEN, WIDE, TinyModel, make_tiny, prompt
 
 from router import attention_plan
 
@@ -19,6 +19,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "topk2": (SCOUT | {"num_experts_per_tok": 2}, 90),
     "maverick": (MAVERICK, 90),
     "query_head_per_kv_head": (SCOUT | {"num_key_value_heads": 8, "num_hidden_layers": 4}, 90),
+    "uneven": (UNEVEN, 90),
     "long": (LONG, 700),
     "wide": (WIDE, 330),
 }

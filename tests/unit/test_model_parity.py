@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from paged_runner import RunningSequence, make_runner
 from reference_model import ReferenceModel
-from tiny_models import LONG, TINY_CONFIGS, TOLERANCE, TinyModel, make_tiny, prompt
+from tiny_models import LONG, SCOUT, TINY_CONFIGS, TOLERANCE, UNEVEN, TinyModel, make_tiny, prompt
 
 PROMPT_LENGTHS = (53, 71, 90)
+EXTREMES = {
+    "one_layer": SCOUT | {"num_hidden_layers": 1},
+    "one_expert": SCOUT | {"num_hidden_layers": 3, "num_local_experts": 1},
+    "no_moe_layers": SCOUT | {"num_hidden_layers": 3, "moe_layers": []},
+    "only_global_layers": SCOUT | {"num_hidden_layers": 3, "no_rope_layers": [0, 0, 0]},
+    "only_local_layers": SCOUT | {"num_hidden_layers": 3, "no_rope_layers": [1, 1, 1]},
+    "every_expert": SCOUT | {"num_hidden_layers": 3, "num_experts_per_tok": 4},
+    "tied_embeddings": SCOUT | {"num_hidden_layers": 3, "tie_word_embeddings": True},
+    "chunks_of_one": SCOUT | {"num_hidden_layers": 3, "attention_chunk_size": 1},
+    "one_pair_per_head": SCOUT | {"num_hidden_layers": 3, "head_dim": 2},
+    "uneven": UNEVEN,
+}
 
 
 @pytest.fixture(scope="module", params=TINY_CONFIGS)
@@ -33,6 +48,15 @@ def test_plain_reference_agrees_with_transformers(tiny: TinyModel, length: int) 
 def test_whole_prefill_agrees_with_transformers(tiny: TinyModel, length: int) -> None:
     token_ids = prompt(length, seed=length)
     assert_close(make_runner(tiny).run(token_ids), tiny.oracle_logits(token_ids))
+
+
+@pytest.mark.parametrize("config", EXTREMES.values(), ids=EXTREMES)
+def test_the_extremes_of_every_size_agree_with_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    extreme = make_tiny(config, tmp_path)
+    token_ids = prompt(60, seed=1)
+    assert_close(make_runner(extreme).run(token_ids, [7, 16, 1, 36]), extreme.oracle_logits(token_ids))
+    bfloat16 = make_runner(extreme, dtype=torch.bfloat16).run(token_ids, [7, 16, 1, 36])
+    assert (bfloat16 - extreme.oracle_logits(token_ids)).abs().mean().item() < 0.2
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)

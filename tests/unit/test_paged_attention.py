@@ -36,10 +36,8 @@ class Paged:
         shape = (sum(counts) + 1, heads.num_kv_heads, BLOCK, HEAD_DIM)
         self.kv = LayerKv(torch.zeros(shape), torch.zeros(shape))
 
-    def plan(self, spans: Sequence[Span], chunk_size: int | None = None) -> AttentionPlan:
-        planner = AttentionPlanner(
-            heads=self.heads, head_dim=HEAD_DIM, block_size=BLOCK, chunk_size=chunk_size, device=CPU
-        )
+    def plan(self, spans: Sequence[Span]) -> AttentionPlan:
+        planner = AttentionPlanner(heads=self.heads, head_dim=HEAD_DIM, block_size=BLOCK, device=CPU)
         positions = np.concatenate([np.arange(s.start, s.start + s.num_tokens) for s in spans])
         blocks = np.concatenate(
             [[s.blocks[(p - s.origin) // BLOCK] for p in range(s.start, s.start + s.num_tokens)] for s in spans]
@@ -158,7 +156,7 @@ def test_scores_and_masks_of_a_long_prefill_are_bounded() -> None:
     heads = Heads(num_query_heads=40, num_kv_heads=8)
     blocks = range(1, 8192 // BLOCK + 1)
     span = Span(first_token=0, num_tokens=8192, start=0, origin=0, blocks=blocks)
-    planner = AttentionPlanner(heads=heads, head_dim=128, block_size=BLOCK, chunk_size=None, device=CPU)
+    planner = AttentionPlanner(heads=heads, head_dim=128, block_size=BLOCK, device=CPU)
     positions = np.arange(8192)
     plan = planner.plan([span], positions, positions // BLOCK + 1)
     size = plan.positions_per_split
