@@ -8,8 +8,8 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.gateway import Gateway
-from cluster.http_api import build_http_api
+from cluster.front.gateway import Gateway
+from cluster.front.http_api import build_http_api
 from cluster.router_replica import RouterReplica
 
 ROUTER = "Router"

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import grpc
 
-from cluster.chat import ChatMessage
 from cluster.client_codec import Prompt, generate_request, policy_value, set_prompt
+from cluster.client_stream import Call, GenerationStream, error_of
 from cluster.client_types import MissingExpertPolicy, RetryPolicy, Sampling
-from cluster.generation_stream import Call, GenerationStream, error_of
+from cluster.front.chat import ChatMessage
 from cluster.v1 import generation_pb2, generation_pb2_grpc
 
 CHANNEL_OPTIONS = (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import cast
 
-from cluster.chat import ChatMessage, ContentPart, ImagePart
 from cluster.client_types import FinishReason, MissingExpertPolicy, Piece, Sampling, TokenLogprobs, Usage
+from cluster.front.chat import ChatMessage, ContentPart, ImagePart
 from cluster.v1 import generation_pb2
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage]

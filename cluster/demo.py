@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from cluster.checkpoints.presets import create_checkpoint
 from cluster.client import ArrieroClient
 from cluster.client_types import Sampling
 from cluster.commands.status import find_service, get_view
-from cluster.presets import create_checkpoint
 from cluster.v1 import admin_pb2
 
 NUM_SHARDS = 4

@@ -11,10 +11,10 @@ from typing import Any
 import ray
 
 from cluster.config import parse_config
-from cluster.controller_link import ControllerLink
+from cluster.control.controller_link import ControllerLink
+from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.engine_settings import engine_settings
 from cluster.logs import configure_logging
-from cluster.membership import Member, MemberId, MemberKind, MemberState
 from router.messages import EngineStats, Start
 from router.replica import EngineDiedError, Router, RouterTimeouts
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.presets import PRESETS, create_checkpoint
+from cluster.checkpoints.presets import PRESETS, create_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from cluster.admission import MAX_DEFAULT_TOKENS
-from cluster.chat import ChatMessage, encode_chat
 from cluster.config import ServiceConfig
 from cluster.engine_settings import engine_settings
 from cluster.flags import add_config_flags, config_from_flags, flag
-from cluster.preflight import check_model
+from cluster.front.admission import MAX_DEFAULT_TOKENS
+from cluster.front.chat import ChatMessage, encode_chat
+from cluster.front.tokenizer import Tokenizer
+from cluster.launch.preflight import check_model
 from cluster.service_model import read_model_config, resolve
-from cluster.tokenizer import Tokenizer
 from experts.hub import resolve_model
 from router.messages import GenerateRequest, SequenceOutput, Start
 from router.sampling_params import MAX_SEED, SamplingParams

@@ -11,11 +11,11 @@ import tempfile
 from contextlib import suppress
 
 from cluster.config import ServiceConfig
-from cluster.driver_spec import DriverSpec
 from cluster.flags import add_config_flags, config_from_flags
-from cluster.preflight import check_model, check_ports
-from cluster.supervisor import Supervisor
-from cluster.token_file import find_record, remove_record, state_folder
+from cluster.launch.driver_spec import DriverSpec
+from cluster.launch.preflight import check_model, check_ports
+from cluster.launch.supervisor import Supervisor
+from cluster.launch.token_file import find_record, remove_record, state_folder
 
 # What a stop takes besides open requests: Serve, Ray and the engines go down in about three seconds.
 STOP_TIMEOUT_S = 30.0
@@ -49,7 +49,7 @@ def supervise(config: ServiceConfig, ray_address: str | None) -> int:
         config=config.model_dump(), ray_address=ray_address, temp_folder=temp_folder, parent_pid=os.getpid()
     )
     supervisor = Supervisor(stop_timeout_s=STOP_TIMEOUT_S, drain_timeout_s=config.drain_timeout_s, on_ready=_print_line)
-    code, failure = supervisor.run([sys.executable, "-P", "-m", "cluster.driver"], stdin=spec.to_json())
+    code, failure = supervisor.run([sys.executable, "-P", "-m", "cluster.launch.driver"], stdin=spec.to_json())
     if ray_address is None:
         _remove_record(config)
     if failure is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from cluster.token_file import find_record, state_folder
+from cluster.launch.token_file import find_record, state_folder
 from cluster.v1 import admin_pb2, admin_pb2_grpc
 
 TIMEOUT_S = 5.0

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-from cluster.token_listener import TokenListener
+from cluster.front.token_listener import TokenListener
 from router.engine_client import EngineClient
 from router.messages import EngineSettings, GenerateRequest, Start
 from router.sampling_params import SamplingParams

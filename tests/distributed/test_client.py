@@ -11,9 +11,9 @@ import pytest
 from cuttable_proxy import CuttableProxy
 from scripted_service import DRAWN_REQUEST_ID, DRAWN_SEED, Script, made_up_token, start
 
-from cluster.chat import ChatMessage, ImagePart, TextPart
 from cluster.client import ArrieroClient
 from cluster.client_types import ArrieroError, Piece, RetryPolicy, Sampling
+from cluster.front.chat import ChatMessage, ImagePart, TextPart
 
 NUM_TOKENS = 12
 TIME_LIMIT_S = 20.0

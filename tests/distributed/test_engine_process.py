@@ -29,7 +29,7 @@ from engine_harness import (
 )
 from scripted_engine import FAILING_STEP, HANGING_STEP, NUM_BLOCKS, REFUSED
 
-from cluster.token_stream import StreamBrokenError
+from cluster.front.token_stream import StreamBrokenError
 from router.engine_client import EngineClient, EngineDiedError
 from router.messages import ErrorCode, FinishReason
 

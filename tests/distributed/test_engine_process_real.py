@@ -17,7 +17,7 @@ import pytest
 import torch
 from engine_harness import CLOSE_S, READY_S, SECRET, listening, start_message, wait_until, wait_until_async
 
-from cluster.presets import create_checkpoint
+from cluster.checkpoints.presets import create_checkpoint
 from experts.checkpoint import Checkpoint
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId, place

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.processes import descendants
+from cluster.launch.processes import descendants
 
 WAIT_S = 20.0
 
 SUPERVISOR = """
 import sys
-from cluster.supervisor import Supervisor
+from cluster.launch.supervisor import Supervisor
 def say(line): print(line, flush=True)
 supervisor = Supervisor(stop_timeout_s=float(sys.argv[2]), drain_timeout_s=60.0, on_ready=say)
 code, failure = supervisor.run([sys.executable, "-c", sys.argv[1]], stdin=b"the spec")
@@ -29,8 +29,8 @@ sys.exit(code)
 
 DRIVER_PRELUDE = """
 import os, signal, subprocess, sys, time
-from cluster.processes import adopt_orphans
-from cluster.supervisor import Report, send_report
+from cluster.launch.processes import adopt_orphans
+from cluster.launch.supervisor import Report, send_report
 from router.parent_death import end_with_parent
 spec = sys.stdin.read()
 
@@ -180,7 +180,7 @@ def test_a_signal_before_it_is_ready_stops_it_without_a_failure(
 def test_a_killed_supervisor_takes_everything_with_it(supervise: Callable[..., subprocess.Popen[str]]) -> None:
     process = supervise(
         """
-        from cluster.processes import end_descendants
+        from cluster.launch.processes import end_descendants
         adopt_orphans()
         orphan()
         signal.signal(signal.SIGINT, lambda *_: (end_descendants(10.0), os._exit(0)))

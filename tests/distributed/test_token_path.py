@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from engine_harness import SECRET, listening, wait_until, wait_until_async
 
-from cluster.token_stream import StreamBrokenError
+from cluster.front.token_stream import StreamBrokenError
 from experts.opening import ANSWER_BYTES
 from router.messages import SequenceOutput
 from router.token_link import LinkLimits

@@ -20,11 +20,11 @@ import ray
 from ray import serve
 
 from cluster.app import build
+from cluster.checkpoints.presets import create_checkpoint
 from cluster.client import ArrieroClient
-from cluster.presets import create_checkpoint
-from cluster.ray_setup import GRPC_SERVICERS
-from cluster.shard_pool import NAMESPACE
-from cluster.token_file import state_folder
+from cluster.control.shard_pool import NAMESPACE
+from cluster.launch.ray_setup import GRPC_SERVICERS
+from cluster.launch.token_file import state_folder
 
 # Ray's processes die slowly on a loaded machine; a condition that holds is seen at once.
 WAIT_S = 60.0

@@ -15,8 +15,8 @@ from processes import Holdings, holdings
 from tiny_models import prompt
 
 from cluster.client import ArrieroClient
+from cluster.client_stream import GenerationStream
 from cluster.client_types import ArrieroError, RetryPolicy, Sampling
-from cluster.generation_stream import GenerationStream
 
 NUM_STREAMS = 200
 NUM_AT_ONCE = 16

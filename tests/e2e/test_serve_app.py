@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 
 from cluster.app import build
+from cluster.checkpoints.presets import create_checkpoint
 from cluster.client import ArrieroClient
 from cluster.client_types import ArrieroError, Piece, RetryPolicy, Sampling
-from cluster.presets import create_checkpoint
 from cluster.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 from experts.checkpoint import Checkpoint
 

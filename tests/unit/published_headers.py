@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.safetensors_writer import TensorSpec, header_of
+from cluster.checkpoints.safetensors_writer import TensorSpec, header_of
 
 SHARD_BYTES = 5_000_000_000
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.relay import CallEnd, RouterLostError
-from cluster.token_stream import TokenStream
+from cluster.front.relay import CallEnd, RouterLostError
+from cluster.front.token_stream import TokenStream
 from router.messages import FinishReason, GenerateRequest, SequenceOutput
 
 NUM_TOKENS = 6

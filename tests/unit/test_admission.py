@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from cluster.admission import MAX_DEFAULT_TOKENS, ServiceLimits, check_call, check_prompt, plan_choices
-from cluster.generate_call import GenerateCall, ResumedChoice, TokenPrompt
+from cluster.front.admission import MAX_DEFAULT_TOKENS, ServiceLimits, check_call, check_prompt, plan_choices
+from cluster.front.generate_call import GenerateCall, ResumedChoice, TokenPrompt
 
 LIMITS = ServiceLimits(max_model_len=2048, vocab_size=100, max_logprobs=5, max_choices=4, max_request_bytes=1000)
 

@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cluster.byte_tokenizer import SPECIAL_TOKENS, build_tokenizer, write_tokenizer
-from cluster.chat import ChatMessage, ImagePart, TextPart, encode_chat
-from cluster.tokenizer import Tokenizer
+from cluster.checkpoints.byte_tokenizer import SPECIAL_TOKENS, build_tokenizer, write_tokenizer
+from cluster.front.chat import ChatMessage, ImagePart, TextPart, encode_chat
+from cluster.front.tokenizer import Tokenizer
 
 # What the published checkpoints' template comes to without tools: the oracle.
 PUBLISHED_TEMPLATE = (

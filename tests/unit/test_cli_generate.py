@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster import cli
-from cluster.presets import create_checkpoint
+from cluster.checkpoints.presets import create_checkpoint
 
 Generate = Callable[..., Any]
 SMALL = ("--max-model-len", "64", "--router-threads", "1")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from cluster.config import ServiceConfig
-from cluster.control_plane import ControlPlane, Outside, RetiringError
-from cluster.desired_state import DesiredState, decode_state, encode_state
-from cluster.membership import Member, MemberId, MemberKind, MemberState
-from cluster.shard_fleet import ShardDied, ShardReport, StartError
+from cluster.control.control_plane import ControlPlane, Outside, RetiringError
+from cluster.control.desired_state import DesiredState, decode_state, encode_state
+from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.control.shard_fleet import ShardDied, ShardReport, StartError
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId
 from experts.shard_spec import ShardSpec
@@ -309,7 +309,7 @@ def test_shards_created_but_not_yet_served_are_finished_by_the_next_controller(w
 
 
 def test_an_application_gone_for_long_takes_everything_with_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.control_plane.APP_WATCH_PERIOD_S", 0.01)
+    monkeypatch.setattr("cluster.control.control_plane.APP_WATCH_PERIOD_S", 0.01)
 
     async def act() -> None:
         plane = await world.controller()

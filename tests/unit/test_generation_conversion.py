@@ -1,9 +1,9 @@
 import pytest
 
-from cluster.chat import ChatMessage, ImagePart, TextPart
-from cluster.generate_call import ChatPrompt, Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt, Usage
-from cluster.generation import generate_call, generate_response, view_response
-from cluster.journal import Delta
+from cluster.front.chat import ChatMessage, ImagePart, TextPart
+from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt, Usage
+from cluster.front.grpc_codec import generate_call, generate_response, view_response
+from cluster.front.journal import Delta
 from cluster.v1 import generation_pb2
 from router.messages import FinishReason, MissingExpertPolicy, TokenLogprobs
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from scripted_routers import NUM_TOKENS, Attempt, ScriptedRouters, serve_two_then_die, serve_whole
 
-from cluster.admission import ServiceLimits
-from cluster.errors import ServiceError, StatusCode
-from cluster.generate_call import Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt
-from cluster.generator import Generator, SeedSource
-from cluster.presets import create_checkpoint
-from cluster.relay import CallEnd, RelayLimits
-from cluster.tokenizer import Tokenizer
+from cluster.checkpoints.presets import create_checkpoint
+from cluster.front.admission import ServiceLimits
+from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.generate_call import Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt
+from cluster.front.generator import Generator, SeedSource
+from cluster.front.relay import CallEnd, RelayLimits
+from cluster.front.tokenizer import Tokenizer
 from router.messages import FinishReason
 
 LIMITS = ServiceLimits(max_model_len=256, vocab_size=512, max_logprobs=5, max_choices=4, max_request_bytes=1_000_000)

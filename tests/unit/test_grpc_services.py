@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.grpc_services import attentive
+from cluster.front.grpc_services import attentive
 
 
 class Context:

@@ -13,7 +13,7 @@ import torch
 from local_hub import COMMIT, local_hub
 from safetensors.torch import load_file
 
-from cluster.presets import create_checkpoint
+from cluster.checkpoints.presets import create_checkpoint
 from experts.checkpoint import Checkpoint
 from experts.checkpoint_error import CheckpointError
 from experts.hub import resolve_model

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.journal import ChoiceJournal, ChoicePlan, Delta
+from cluster.front.journal import ChoiceJournal, ChoicePlan, Delta
 from router.messages import FinishReason, SequenceOutput, TokenLogprobs
 from router.sampling_params import SamplingParams
 

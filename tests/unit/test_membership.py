@@ -1,7 +1,7 @@
 from dataclasses import replace
 
-from cluster.load_ledger import LoadLedger
-from cluster.membership import Member, MemberId, MemberKind, Membership, MemberState
+from cluster.control.load_ledger import LoadLedger
+from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
 
 ROUTER = Member(member_id=MemberId("router-1"), kind=MemberKind.ROUTER, pid=7, node_id="n", state=MemberState.READY)
 

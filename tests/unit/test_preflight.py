@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster import cli
-from cluster.presets import create_checkpoint
+from cluster.checkpoints.presets import create_checkpoint
 
 Start = Callable[..., str]
 

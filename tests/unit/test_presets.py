@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Llama4ForCausalLM
 
-from cluster.byte_tokenizer import BOS_TOKEN_ID, EOS_TOKEN_IDS, PAD_TOKEN_ID, SPECIAL_TOKENS, VOCAB_SIZE
-from cluster.expert_skew import ExpertSkew
-from cluster.presets import PRESETS, create_checkpoint
-from cluster.random_weights import PIECE_ELEMENTS, plan_weights
+from cluster.checkpoints.byte_tokenizer import BOS_TOKEN_ID, EOS_TOKEN_IDS, PAD_TOKEN_ID, SPECIAL_TOKENS, VOCAB_SIZE
+from cluster.checkpoints.expert_skew import ExpertSkew
+from cluster.checkpoints.presets import PRESETS, create_checkpoint
+from cluster.checkpoints.random_weights import PIECE_ELEMENTS, plan_weights
 from experts.checkpoint import Checkpoint
 from experts.weights import validate_experts
 from router.config import ModelConfig
@@ -177,7 +177,7 @@ def test_the_seed_alone_decides_the_values_however_they_are_sharded(tmp_path: Pa
 CREATE_AND_MEASURE = """
 import sys
 from pathlib import Path
-from cluster.presets import create_checkpoint
+from cluster.checkpoints.presets import create_checkpoint
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -205,11 +205,11 @@ def test_writing_holds_a_few_pieces_however_large_a_tensor_is(tmp_path: Path) ->
         for info in map(Checkpoint.open(tmp_path / "model").info, ["model.layers.1.feed_forward.experts.gate_up_proj"])
     )
     assert largest > 100_000_000
-    assert int(done.stdout) < 4 * PIECE_ELEMENTS * 4 < largest
+    assert int(done.stdout) < 5 * PIECE_ELEMENTS * 4 < largest
 
 
 def test_the_list_of_presets_does_not_load_torch() -> None:
-    code = "import sys, cluster.presets; sys.exit('torch' in sys.modules)"
+    code = "import sys, cluster.checkpoints.presets; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 

@@ -1,5 +1,5 @@
 from cluster.config import ServiceConfig
-from cluster.reconcile import AppWatch, ShardPlan, plan_shards, shard_changes, shard_ids
+from cluster.control.reconcile import AppWatch, ShardPlan, plan_shards, shard_changes, shard_ids
 from experts.placement import ShardId
 
 A, B, C = ShardId("a"), ShardId("b"), ShardId("c")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from scripted_routers import NUM_TOKENS, STOPPED, Attempt, ScriptedRouters, serve_two_then_die, serve_whole
 
-from cluster.errors import ServiceError, StatusCode
-from cluster.journal import ChoiceJournal, ChoicePlan, Delta
-from cluster.relay import CallEnd, QueueFullError, Relay, RelayLimits, RouterLostError
+from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.journal import ChoiceJournal, ChoicePlan, Delta
+from cluster.front.relay import CallEnd, QueueFullError, Relay, RelayLimits, RouterLostError
 from router.messages import ErrorCode, FinishReason
 from router.sampling_params import SamplingParams
 
@@ -100,7 +100,7 @@ def test_the_last_tokens_may_come_after_the_end_of_the_call() -> None:
 
 
 def test_last_tokens_that_never_come_cost_another_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.relay.LAST_TOKENS_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("cluster.front.relay.LAST_TOKENS_TIMEOUT_S", 0.05)
 
     async def lose_tokens(attempt: Attempt) -> CallEnd:
         return STOPPED

@@ -8,9 +8,9 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cluster.errors import ServiceError, StatusCode
-from cluster.relay import CallEnd, QueueFullError, RouterLostError
-from cluster.serve_routers import ServeRouters
+from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.relay import CallEnd, QueueFullError, RouterLostError
+from cluster.front.serve_routers import ServeRouters
 from router.messages import Finished, FinishReason, GenerateRequest, encode
 from router.sampling_params import SamplingParams
 

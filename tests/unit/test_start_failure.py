@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.start_failure import start_failure
+from cluster.launch.start_failure import start_failure
 
 REPLICA = """The deployment failed to start 1 times in a row. This may be due to a problem with its constructor or \
 initial health check failing. See controller logs for details. Error:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.token_file import ServiceRecord, find_record, remove_record, state_folder, write_record
+from cluster.launch.token_file import ServiceRecord, find_record, remove_record, state_folder, write_record
 
 
 def record(

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cluster.token_stream import StreamBrokenError, TokenStream, merge_outputs
+from cluster.front.token_stream import StreamBrokenError, TokenStream, merge_outputs
 from router.messages import ErrorCode, FinishReason, SequenceOutput, TokenLogprobs
 
 CONNECTION = object()

@@ -10,10 +10,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.byte_alphabet import NUM_BYTES
-from cluster.byte_tokenizer import SPECIAL_TOKENS, write_tokenizer
-from cluster.detokenizer import MAX_BYTES_PER_CHARACTER, Detokenizer
-from cluster.tokenizer import Tokenizer
+from cluster.checkpoints.byte_tokenizer import SPECIAL_TOKENS, write_tokenizer
+from cluster.front.byte_alphabet import NUM_BYTES
+from cluster.front.detokenizer import MAX_BYTES_PER_CHARACTER, Detokenizer
+from cluster.front.tokenizer import Tokenizer
 
 BOS = SPECIAL_TOKENS["<|begin_of_text|>"]
 EOT = SPECIAL_TOKENS["<|eot|>"]

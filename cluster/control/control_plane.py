@@ -1,0 +1,262 @@
+"""The controller's mind: knows who belongs to the service, brings its experts up, takes everything down.
+
+No Ray in here. Gateways and routers join and then report; shards are asked. Every half second each process is
+looked at, so that a dead one is seen as dead within two seconds. Once a second Serve is asked for our
+application: when that has been gone for long enough, the service is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from cluster.config import ServiceConfig, parse_config
+from cluster.control.desired_state import DesiredState, Memory, Store
+from cluster.control.expert_tier import WEIGHTS_VERSION, ExpertTier
+from cluster.control.load_ledger import LoadLedger
+from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
+from cluster.control.reconcile import AppWatch, shard_changes
+from cluster.control.shard_fleet import ShardDied, ShardFleet, ShardPool
+from cluster.service_model import resolve
+from experts.placement import ShardId
+
+logger = logging.getLogger("arriero.controller")
+
+SUSPECT_AFTER_HEARTBEATS = 4
+FORGET_DEAD_AFTER_S = 60.0
+APP_WATCH_PERIOD_S = 1.0
+
+
+class Apps(Protocol):
+    async def is_present(self, app_name: str) -> bool | None:
+        """Whether Serve has the application; None when Serve does not answer."""
+        ...
+
+
+class Probe(Protocol):
+    async def has_died(self, process: Any) -> bool:
+        """Whether the process behind a member's handle has ended; False when that cannot be told in time."""
+        ...
+
+
+class RetiringError(RuntimeError):
+    """This service is being removed: whoever wants to join must wait for the next controller."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """What the control plane acts on."""
+
+    store: Store
+    apps: Apps
+    pool: ShardPool
+    probe: Probe
+    clock: Callable[[], float] = time.monotonic
+
+
+class ControlPlane:
+    """Make one with ``start``. All methods belong to one event loop."""
+
+    def __init__(self, *, config: ServiceConfig, me: Member, num_cores: int, outside: Outside, memory: Memory) -> None:
+        self._me = me
+        self._num_cores = num_cores
+        self._outside = outside
+        self._memory = memory
+        self._membership = Membership(
+            suspect_after_s=SUSPECT_AFTER_HEARTBEATS * config.heartbeat_s, forget_dead_after_s=FORGET_DEAD_AFTER_S
+        )
+        self._ledger = LoadLedger()
+        self._processes: dict[MemberId, Any] = {}
+        self._app_watch = AppWatch(gone_after_s=config.app_gone_s)
+        self._tier = ExpertTier(
+            config=config,
+            num_cores=num_cores,
+            fleet=ShardFleet(outside.pool, timeout_s=config.start_timeout_s),
+            memory=memory,
+            clock=outside.clock,
+        )
+        self._retired = asyncio.Event()
+        self._retiring = False
+        self._changing_tier = asyncio.Lock()
+
+    @classmethod
+    async def start(cls, *, config: ServiceConfig, me: Member, num_cores: int, outside: Outside) -> ControlPlane:
+        """Takes a new term. A service that was there before goes on with the configuration it has."""
+        memory = await Memory.open(outside.store, config.model_dump())
+        running = parse_config(memory.state.config)
+        return cls(config=running, me=me, num_cores=num_cores, outside=outside, memory=memory)
+
+    @property
+    def state(self) -> DesiredState:
+        return self._memory.state
+
+    async def join_router(self, member: Member, process: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers once all shards serve: secret, term, epoch (None when routers hold the experts), the weights
+        version, and config with what the checkpoint and this machine decide filled in.
+
+        process is what the probe takes. Raises StartError when the shards cannot start, ValueError when others
+        are up than config needs, RetiringError.
+        """
+        wanted = parse_config(config)
+        await self._adapt_to(wanted)
+        self.take_in(member, process)
+        started = await self._tier.started()
+        await self._look_at_shards()
+        return {
+            "secret": self.state.secret,
+            "term": self.state.term,
+            "epoch": started.epoch.to_dict() if started.epoch.shards else None,
+            "weights_version": WEIGHTS_VERSION,
+            "config": resolve(wanted, started.model, self._num_cores).model_dump(),
+        }
+
+    def join_gateway(self, member: Member, process: Any) -> dict[str, Any]:
+        """Answers at once: secret, term, admin_token."""
+        self._check_not_retiring()
+        self.take_in(member, process)
+        return {"secret": self.state.secret, "term": self.state.term, "admin_token": self.state.admin_token}
+
+    def take_in(self, member: Member, process: Any) -> None:
+        """Knows the member from now on. process is what the probe takes."""
+        if self._membership.report(member, self._now()):
+            self._processes[member.member_id] = process
+
+    def heartbeat(self, member: Member, load: list[tuple[int, int, int]]) -> dict[str, Any]:
+        """load: (layer, expert, tokens) since the member's start, of routers that hold experts themselves.
+
+        known is False for a member that this controller has not met: it should call take_in.
+        """
+        known = member.member_id in self._membership
+        if known and self._membership.report(member, self._now()) and load:
+            self._ledger.report(member.member_id, load)
+        num_ready = self._membership.num_ready(MemberKind.ROUTER, self._now())
+        return {"known": known, "term": self.state.term, "num_ready_routers": num_ready}
+
+    def leave(self, member_id: MemberId) -> None:
+        """The member ends as it should."""
+        self._membership.leave(member_id)
+        self._forget(member_id)
+
+    def view(self) -> dict[str, Any]:
+        """What `arriero status --json` prints."""
+        epoch = self.state.epoch
+        return {
+            "epoch": epoch["number"] if epoch else 0,
+            "controller": self._me.to_dict(),
+            "gateways": [member.to_dict() for member in self._members(MemberKind.GATEWAY)],
+            "routers": [member.to_dict() for member in self._members(MemberKind.ROUTER)],
+            "shards": [
+                {**member.to_dict(), "slots": epoch["slots_by_shard"].get(member.member_id, []) if epoch else []}
+                for member in self._members(MemberKind.SHARD)
+            ],
+            "load": [list(entry) for entry in self._ledger.totals()],
+        }
+
+    async def run(self) -> None:
+        """Looks at everybody until the service has been removed."""
+        looks = asyncio.create_task(self._look_for_ever())
+        watch = asyncio.create_task(self._watch_app())
+        await self._retired.wait()
+        for task in (looks, watch):
+            task.cancel()
+
+    async def retire(self) -> None:
+        """Drains and removes the shards and forgets the service; then ``run`` returns."""
+        if self._retiring:
+            await self._retired.wait()
+            return
+        self._retiring = True
+        async with self._changing_tier:
+            await self._tier.remove(drain_timeout_s=self._tier.config.drain_timeout_s)
+        await self._memory.erase()
+        self._retired.set()
+
+    def _check_not_retiring(self) -> None:
+        if self._retiring:
+            raise RetiringError(f"the service {self._tier.config.app_name!r} is being removed")
+
+    async def _adapt_to(self, wanted: ServiceConfig) -> None:
+        """Puts up other shards when the application came back configured anew and nobody uses the old ones.
+
+        Raises ValueError when somebody does, RetiringError.
+        """
+        async with self._changing_tier:
+            self._check_not_retiring()
+            changes = shard_changes(self._tier.config, wanted)
+            if not changes:
+                return
+            names = ", ".join(changes)
+            if self._membership.num_ready(MemberKind.ROUTER, self._now()):
+                raise ValueError(f"the service runs with other values of {names}: delete the application first")
+            logger.info("configured anew (%s): the shards are replaced", names)
+            await self._tier.replace(wanted)
+
+    def _members(self, kind: MemberKind) -> tuple[Member, ...]:
+        return self._membership.of_kind(kind, self._now())
+
+    def _forget(self, member_id: MemberId) -> None:
+        self._processes.pop(member_id, None)
+        self._ledger.close(member_id)
+
+    def _now(self) -> float:
+        return self._outside.clock()
+
+    async def _look_for_ever(self) -> None:
+        while True:
+            await asyncio.gather(self._look_at_shards(), self._look_at_processes())
+            for member_id in self._membership.forget_old_dead(self._now()):
+                self._forget(member_id)
+            await asyncio.sleep(self._tier.config.heartbeat_s)
+
+    async def _watch_app(self) -> None:
+        while not self._retiring:
+            present = await self._outside.apps.is_present(self._tier.config.app_name)
+            if self._app_watch.note(present=present, now_s=self._now()):
+                logger.info("the application is gone from Serve: removing its shards")
+                await self.retire()
+            await asyncio.sleep(APP_WATCH_PERIOD_S)
+
+    async def _look_at_shards(self) -> None:
+        wanted = [MemberId(shard_id) for shard_id in self._tier.shard_ids]
+        for shard in self._members(MemberKind.SHARD):
+            if shard.member_id not in wanted:
+                self.leave(shard.member_id)
+        for member_id in wanted:
+            if member_id not in self._membership:
+                self._membership.report(_new_shard(member_id), self._now())
+        living = (shard for shard in self._members(MemberKind.SHARD) if shard.state is not MemberState.DEAD)
+        await asyncio.gather(*map(self._look_at_shard, living))
+
+    async def _look_at_shard(self, shard: Member) -> None:
+        is_up = self._tier.is_up
+        try:
+            async with asyncio.timeout(SUSPECT_AFTER_HEARTBEATS * self._tier.config.heartbeat_s):
+                report = await self._outside.pool.report(ShardId(shard.member_id))
+        except TimeoutError:
+            return
+        except ShardDied as error:
+            # While the tier comes up a shard may not exist yet; the tier itself tells of one that cannot start.
+            if is_up:
+                logger.error("%s died: %s", shard.member_id, error)
+                self._membership.mark_dead(shard.member_id, self._now())
+            return
+        state = MemberState.READY if is_up else MemberState.STARTING
+        if shard.member_id in self._membership:
+            seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
+            self._membership.report(seen, self._now())
+            self._ledger.report(shard.member_id, report.load)
+
+    async def _look_at_processes(self) -> None:
+        await asyncio.gather(*(self._look_at_process(*entry) for entry in list(self._processes.items())))
+
+    async def _look_at_process(self, member_id: MemberId, process: Any) -> None:
+        if await self._outside.probe.has_died(process):
+            self._membership.mark_dead(member_id, self._now())
+
+
+def _new_shard(member_id: MemberId) -> Member:
+    return Member(member_id=member_id, kind=MemberKind.SHARD, pid=0, node_id="", state=MemberState.STARTING)

@@ -1,0 +1,144 @@
+"""All expert shards of the service as one thing: brought up under an epoch, replaced, taken down.
+
+Static in this version: one epoch per start, made once every shard has loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import ServiceConfig
+from cluster.control.desired_state import Memory
+from cluster.control.reconcile import shard_ids
+from cluster.control.shard_fleet import ShardFleet, shard_specs
+from cluster.service_model import read_model_config, resolve
+from experts.epoch import Epoch
+from experts.hub import resolve_model
+from experts.placement import ExpertPlacement, ShardId, place
+from experts.shard_spec import ShardSpec
+from router.config import ModelConfig
+
+logger = logging.getLogger("arriero.controller")
+
+WEIGHTS_VERSION = 1
+# A start that failed is told to all who ask in this time, and tried anew for who comes later.
+REMEMBER_FAILURE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """What a router needs: the model, and the epoch that the shards serve."""
+
+    model: ModelConfig
+    epoch: Epoch
+
+
+class ExpertTier:
+    """Remembers in ``memory`` which shards there are before it makes them."""
+
+    def __init__(
+        self, *, config: ServiceConfig, num_cores: int, fleet: ShardFleet, memory: Memory, clock: Callable[[], float]
+    ) -> None:
+        self.config = config
+        self._num_cores = num_cores
+        self._fleet = fleet
+        self._memory = memory
+        self._clock = clock
+        self._failed_at_s: float | None = None
+        self._bring_up = self._begin()
+
+    @property
+    def shard_ids(self) -> tuple[ShardId, ...]:
+        return tuple(ShardId(shard_id) for shard_id in self._memory.state.shard_ids)
+
+    @property
+    def is_up(self) -> bool:
+        return self._bring_up.done() and not self._bring_up.cancelled() and self._bring_up.exception() is None
+
+    async def started(self) -> Started:
+        """Returns once all shards serve. Raises StartError, OSError or ValueError when they cannot."""
+        if self._failed_at_s is not None and self._clock() - self._failed_at_s > REMEMBER_FAILURE_S:
+            self._bring_up = self._begin()
+        return await asyncio.shield(self._bring_up)
+
+    async def replace(self, config: ServiceConfig) -> None:
+        """Takes the shards down and begins to bring up those of another configuration."""
+        await self.remove(drain_timeout_s=0.0)
+        self.config = config
+        await self._memory.change(config=config.model_dump())
+        self._bring_up = self._begin()
+
+    async def remove(self, *, drain_timeout_s: float) -> None:
+        self._bring_up.cancel()
+        await asyncio.wait([self._bring_up])
+        await self._remove_shards(drain_timeout_s)
+
+    def _begin(self) -> asyncio.Task[Started]:
+        self._failed_at_s = None
+        task = asyncio.create_task(self._run())
+        # Whoever asks gets the failure; when nobody does, it is not one that was overlooked.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return task
+
+    async def _run(self) -> Started:
+        try:
+            return await self._start()
+        except Exception as error:
+            logger.error("start failed: %s", error)
+            await self._remove_shards(drain_timeout_s=0.0)
+            self._failed_at_s = self._clock()
+            raise
+
+    async def _start(self) -> Started:
+        folder = await asyncio.to_thread(resolve_model, self.config.model)
+        model = await asyncio.to_thread(read_model_config, Path(folder))
+        config = resolve(self.config, model, self._num_cores)
+        if not self.shard_ids:
+            await self._memory.change(shard_ids=shard_ids(config.shards, secrets.token_hex(3)))
+        epoch = self._epoch_in_force()
+        placement = epoch.placement if epoch is not None else self._place(model)
+        addresses = await self._fleet.load(self._specs(config, model, placement), epoch)
+        if epoch is None:
+            number = self._memory.state.last_epoch + 1
+            epoch = Epoch(number=number, weights_version=WEIGHTS_VERSION, shards=addresses, placement=placement)
+            # Before any shard hears of it, so that its number is never given again.
+            await self._memory.change(epoch=epoch.to_dict(), last_epoch=number)
+        await self._fleet.open(epoch, [address.shard_id for address in addresses])
+        logger.info("epoch %d: %d shards serve", epoch.number, len(addresses))
+        return Started(model=model, epoch=epoch)
+
+    def _epoch_in_force(self) -> Epoch | None:
+        known = self._memory.state.epoch
+        return None if known is None else Epoch.from_dict(known)
+
+    def _place(self, model: ModelConfig) -> ExpertPlacement:
+        if not self.shard_ids:
+            return ExpertPlacement(slots_by_shard={})
+        return place(
+            moe_layers=model.moe_layers,
+            num_experts=model.num_local_experts,
+            shard_ids=self.shard_ids,
+            copies=self.config.copies,
+        )
+
+    def _specs(self, config: ServiceConfig, model: ModelConfig, placement: ExpertPlacement) -> dict[ShardId, ShardSpec]:
+        return shard_specs(
+            self.shard_ids,
+            placement.slots_by_shard,
+            model=config.model,
+            shape=model.expert_shape,
+            dtype=config.dtype,
+            device=config.device,
+            num_threads=config.shard_threads,
+            secret=self._memory.state.secret,
+            weights_version=WEIGHTS_VERSION,
+        )
+
+    async def _remove_shards(self, drain_timeout_s: float) -> None:
+        await self._fleet.remove(self.shard_ids, drain_timeout_s=drain_timeout_s)
+        await self._memory.change(shard_ids=(), epoch=None)

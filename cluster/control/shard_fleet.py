@@ -1,0 +1,119 @@
+"""The service's shards: brought up together, looked at, taken down. Plain: shards are reached through a protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from cluster.control.reconcile import plan_shards
+from experts.epoch import Epoch, ShardAddress
+from experts.placement import ShardId, Slot
+from experts.shard_spec import ShardSpec
+
+logger = logging.getLogger("arriero.controller")
+T = TypeVar("T")
+
+
+class ShardDied(Exception):  # noqa: N818 told, not erred
+    """The shard's process has ended, or its actor does not exist. The message says why, as far as is known."""
+
+
+class StartError(RuntimeError):
+    """The service cannot start; the message names the shard, the phase and the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    """What a shard says of itself. load: (layer, expert, tokens) since it started."""
+
+    pid: int
+    node_id: str
+    load: Sequence[tuple[int, int, int]]
+
+
+class ShardPool(Protocol):
+    """Shards as processes, by id. Every method may raise ShardDied."""
+
+    async def living(self, shard_ids: Collection[ShardId]) -> set[ShardId]: ...
+
+    async def create(self, spec: ShardSpec) -> None:
+        """Returns once the shard has a place to live in; it loads by itself."""
+        ...
+
+    async def address(self, shard_id: ShardId) -> ShardAddress:
+        """Returns once the shard has loaded and listens."""
+        ...
+
+    async def serve_epoch(self, shard_id: ShardId, epoch: Epoch) -> None: ...
+
+    async def report(self, shard_id: ShardId) -> ShardReport: ...
+
+    async def remove(self, shard_id: ShardId, *, drain_timeout_s: float) -> None:
+        """Drains and ends the shard and gives its place back. Does nothing where there is none. Never raises."""
+        ...
+
+
+class ShardFleet:
+    """Brings shards up as one: either all serve the epoch, or StartError says which could not and why."""
+
+    def __init__(self, pool: ShardPool, *, timeout_s: float) -> None:
+        self._pool = pool
+        self._timeout_s = timeout_s
+
+    async def load(self, specs: Mapping[ShardId, ShardSpec], epoch: Epoch | None) -> tuple[ShardAddress, ...]:
+        """Adopts the shards that live, creates the others, and waits until every one has loaded.
+
+        epoch: the one in force, if a controller before us had got that far; its dead shards are left out.
+        """
+        ids = tuple(specs)
+        served = frozenset() if epoch is None else frozenset(address.shard_id for address in epoch.shards)
+        plan = plan_shards(desired=ids, living=await self._pool.living(ids), served=served)
+        logger.info("shards: adopting %s, creating %s", list(plan.adopt), list(plan.create))
+        await self._all(
+            self._within(shard_id, "placing", self._pool.create(specs[shard_id])) for shard_id in plan.create
+        )
+        return await self._all(
+            self._within(shard_id, "loading", self._pool.address(shard_id))
+            for shard_id in ids
+            if shard_id in plan.adopt or shard_id in plan.create
+        )
+
+    async def open(self, epoch: Epoch, shard_ids: Iterable[ShardId]) -> None:
+        """Has the shards serve the epoch."""
+        await self._all(
+            self._within(shard_id, f"opening epoch {epoch.number}", self._pool.serve_epoch(shard_id, epoch))
+            for shard_id in shard_ids
+        )
+
+    async def remove(self, shard_ids: Collection[ShardId], *, drain_timeout_s: float) -> None:
+        await asyncio.gather(*(self._pool.remove(shard_id, drain_timeout_s=drain_timeout_s) for shard_id in shard_ids))
+
+    async def _within(self, shard_id: ShardId, phase: str, act: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await act
+        except TimeoutError:
+            raise StartError(f"{shard_id}: {phase} took longer than {self._timeout_s:g} s") from None
+        except ShardDied as error:
+            raise StartError(f"{shard_id}: {phase} failed: {error}") from None
+
+    @staticmethod
+    async def _all(acts: Iterable[Awaitable[T]]) -> tuple[T, ...]:
+        """Runs all at once; the first failure cancels the others and is raised."""
+        tasks = [asyncio.ensure_future(act) for act in acts]
+        try:
+            return tuple(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def shard_specs(
+    shard_ids: Iterable[ShardId], slots_by_shard: Mapping[ShardId, tuple[Slot, ...]], **common: Any
+) -> dict[ShardId, ShardSpec]:
+    """common: the fields of ShardSpec in which the shards do not differ."""
+    return {shard_id: ShardSpec(shard_id=shard_id, slots=slots_by_shard[shard_id], **common) for shard_id in shard_ids}

@@ -1,0 +1,194 @@
+"""The gateway as a Serve ingress: gRPC methods by their bare names. It only translates; HTTP is http_api.py's.
+
+Serve hands a gRPC call to the method named like the last component of its path, whatever the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+from grpc_health.v1 import health_pb2
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import ServiceConfig, parse_config
+from cluster.control.controller_link import ControllerLink
+from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.front.admission import ServiceLimits
+from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.generator import Generator, SeedSource
+from cluster.front.grpc_codec import generate_call, generate_response, prompt_of, view_response
+from cluster.front.relay import RelayLimits
+from cluster.front.serve_routers import ServeRouters
+from cluster.front.token_listener import TokenListener
+from cluster.front.tokenizer import Tokenizer
+from cluster.logs import configure_logging
+from cluster.service_model import read_model_config, resolve
+from cluster.v1 import admin_pb2, generation_pb2
+from experts.hub import resolve_model
+
+logger = logging.getLogger("arriero.gateway")
+
+# `arriero status` promises an answer within a second.
+VIEW_TIMEOUT_S = 0.8
+HEALTH_SERVICES = frozenset({"", "arriero.v1.GenerationService", "arriero.v1.AdminService"})
+
+
+class Gateway:
+    """config: a ServiceConfig as a plain dict. routers: the handle of the router deployment."""
+
+    async def __init__(self, config: dict[str, Any], routers: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        configure_logging()
+        self._config = parse_config(config)
+        self._member_id = MemberId(f"gateway-{secrets.token_hex(3)}")
+        self._link = ControllerLink(self._config)
+        welcome = await self._link.join_gateway(self._member(MemberState.STARTING))
+        self._admin_token: str = welcome["admin_token"]
+        self._tokens = TokenListener(host=_node_address(), secret=welcome["secret"])
+        await self._tokens.start()
+        self._generator = await asyncio.to_thread(self._make_generator, routers)
+        self._link.start_reporting(lambda: (self._member(MemberState.READY), []))
+
+    def _make_generator(self, routers: DeploymentHandle[Any]) -> Generator:
+        folder = Path(resolve_model(self._config.model))
+        model = read_model_config(folder)
+        config = resolve(self._config, model, os.cpu_count() or 1)
+        assert config.max_model_len is not None
+        return Generator(
+            tokenizer=Tokenizer(folder),
+            limits=ServiceLimits(
+                max_model_len=config.max_model_len,
+                vocab_size=model.vocab_size,
+                max_logprobs=config.max_logprobs,
+                max_choices=config.max_choices,
+                max_request_bytes=config.max_request_bytes,
+            ),
+            routers=ServeRouters(
+                routers,
+                num_ready=lambda: self._link.num_ready_routers,
+                absence_timeout_s=config.resubmit_timeout_s,
+            ),
+            tokens=self._tokens,
+            relay_limits=_relay_limits(config),
+            seeds=SeedSource(config.seed, gateway_index=serve.get_replica_context().rank.rank),
+        )
+
+    def _member(self, state: MemberState) -> Member:
+        return Member(
+            member_id=self._member_id,
+            kind=MemberKind.GATEWAY,
+            pid=os.getpid(),
+            node_id=ray.get_runtime_context().get_node_id(),
+            state=state,
+        )
+
+    def __del__(self) -> None:
+        # Serve's word for a replica that is stopped as it should be; absent attributes: its start had failed.
+        link = getattr(self, "_link", None)
+        if link is not None:
+            link.leave(self._member(MemberState.DRAINING))
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, grpc_context: Any
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        with _errors_told(grpc_context):
+            call = _understood(generate_call, request)
+            async with aclosing(self._generator.generate(call)) as chunks:
+                async for chunk in chunks:
+                    yield generate_response(chunk)
+
+    async def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, grpc_context: Any
+    ) -> generation_pb2.TokenizeResponse:
+        with _errors_told(grpc_context):
+            prompt = _understood(prompt_of, request)
+            token_ids = await asyncio.to_thread(_understood, self._generator.encode, prompt)
+            return generation_pb2.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(
+        self, request: generation_pb2.DetokenizeRequest, grpc_context: Any
+    ) -> generation_pb2.DetokenizeResponse:
+        with _errors_told(grpc_context):
+            text = await asyncio.to_thread(self._decode, list(request.token_ids), request.keep_special_tokens)
+            return generation_pb2.DetokenizeResponse(text=text)
+
+    async def GetView(self, request: admin_pb2.GetViewRequest, grpc_context: Any) -> admin_pb2.GetViewResponse:
+        with _errors_told(grpc_context):
+            self._check_admin(grpc_context)
+            try:
+                return view_response(await self._link.get_view(VIEW_TIMEOUT_S))
+            except (RayError, TimeoutError):
+                raise ServiceError(StatusCode.UNAVAILABLE, "the controller does not answer: try again") from None
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
+        with _errors_told(grpc_context):
+            if request.service not in HEALTH_SERVICES:
+                raise ServiceError(StatusCode.NOT_FOUND, f"service {request.service!r} is not known here")
+            answers = health_pb2.HealthCheckResponse
+            return answers(status=answers.SERVING if await self.is_serving() else answers.NOT_SERVING)
+
+    async def is_serving(self) -> bool:
+        """Whether a router is ready, by the last heartbeat's word or, where that was no, by a new one's."""
+        if self._link.num_ready_routers == 0:
+            with suppress(RayError, TimeoutError):
+                await self._link.refresh(VIEW_TIMEOUT_S)
+        return self._link.num_ready_routers > 0
+
+    def _decode(self, token_ids: list[int], keep_special_tokens: bool) -> str:
+        text: str = _understood(
+            lambda ids: self._generator.decode(ids, keep_special_tokens=keep_special_tokens), token_ids
+        )
+        return text
+
+    def _check_admin(self, grpc_context: Any) -> None:
+        given = dict(grpc_context.invocation_metadata()).get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {self._admin_token}".encode()):
+            raise ServiceError(StatusCode.UNAUTHENTICATED, "authorization must be 'Bearer ' and the admin token")
+
+
+def _node_address() -> str:
+    """Where the other processes of the cluster reach this node."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _relay_limits(config: ServiceConfig) -> RelayLimits:
+    return RelayLimits(stream_interval_s=config.stream_interval_ms / 1000, resubmit_timeout_s=config.resubmit_timeout_s)
+
+
+def _understood(read: Any, request: Any) -> Any:
+    """read(request); what it cannot make sense of is the client's mistake. Raises ServiceError."""
+    try:
+        return read(request)
+    except ValueError as error:
+        raise ServiceError(StatusCode.INVALID_ARGUMENT, str(error)) from None
+
+
+@contextmanager
+def _errors_told(grpc_context: Any) -> Iterator[None]:
+    """The edge: whatever fails inside becomes a status code and a sentence, never a stack trace."""
+    try:
+        yield
+    except ServiceError as error:
+        _set_status(grpc_context, error)
+        raise
+    except Exception:
+        logger.exception("a request failed")
+        failure = ServiceError(StatusCode.INTERNAL, "internal error")
+        _set_status(grpc_context, failure)
+        raise failure from None
+
+
+def _set_status(grpc_context: Any, error: ServiceError) -> None:
+    grpc_context.set_code(grpc.StatusCode[error.code.value])
+    grpc_context.set_details(error.message)

@@ -1,0 +1,76 @@
+"""A Generate call and its answer as plain objects, whatever the protocol they travel by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.front.chat import ChatMessage
+from cluster.front.journal import Delta
+from router.messages import MissingExpertPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPrompt:
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPrompt:
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    messages: tuple[ChatMessage, ...]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumedChoice:
+    """Output that the client already holds. finished: its end, too."""
+
+    token_ids: list[int]
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """One Generate call as the client made it. sampling holds the fields it set, under the API's names.
+
+    request_id is empty and seed None where the client leaves them to the gateway; resumed is by choice index.
+    """
+
+    prompt: Prompt
+    num_bytes: int
+    n: int = 1
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    request_id: str = ""
+    seed: int | None = None
+    resumed: Mapping[int, ResumedChoice] = field(default_factory=dict)
+    on_missing_expert: MissingExpertPolicy | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """completion_tokens: over all choices, resumed ones included. cached_tokens: of the prompt, in choice 0."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One message to the client. request_id and seed: in the first; usage: in the last. text completes delta's
+    tokens."""
+
+    delta: Delta
+    text: str = ""
+    request_id: str = ""
+    seed: int | None = None
+    usage: Usage | None = None

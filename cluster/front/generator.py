@@ -1,0 +1,150 @@
+"""Generation as the gateway offers it, whatever the protocol: from a client's call to a stream of chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from cluster.front.admission import ServiceLimits, check_call, check_prompt, plan_choices
+from cluster.front.chat import encode_chat
+from cluster.front.detokenizer import Detokenizer
+from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, Prompt, TextPrompt, Usage
+from cluster.front.journal import ChoiceJournal, Delta
+from cluster.front.relay import Relay, RelayLimits, Routers, TokenPath
+from cluster.front.tokenizer import Tokenizer
+from router.sampling_params import MAX_SEED
+
+# Larger calls are tokenized in a thread: the event loop has other streams to feed.
+MAX_INLINE_BYTES = 16 * 1024
+
+
+class SeedSource:
+    """Draws seeds for requests that bring none: reproducibly from a seed of its own, or from the system."""
+
+    def __init__(self, seed: int | None, *, gateway_index: int) -> None:
+        """gateway_index tells gateways apart, which would otherwise all draw the same."""
+        self._random = random.Random(f"{seed}/{gateway_index}") if seed is not None else secrets.SystemRandom()
+
+    def draw(self) -> int:
+        return self._random.randint(0, MAX_SEED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """A call that has passed all checks."""
+
+    request_id: str
+    seed: int
+    prompt_ids: list[int]
+    journals: list[ChoiceJournal]
+    texts: list[Detokenizer]
+
+
+class Generator:
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        limits: ServiceLimits,
+        routers: Routers,
+        tokens: TokenPath,
+        relay_limits: RelayLimits,
+        seeds: SeedSource,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._routers = routers
+        self._tokens = tokens
+        self._relay_limits = relay_limits
+        self._seeds = seeds
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Raises ValueError naming what is wrong with the prompt."""
+        match prompt:
+            case TextPrompt():
+                return self._tokenizer.encode_prompt(prompt.text)
+            case ChatPrompt():
+                return encode_chat(self._tokenizer, prompt.messages)
+            case _:
+                return prompt.token_ids
+
+    def decode(self, token_ids: Sequence[int], *, keep_special_tokens: bool) -> str:
+        """Raises ValueError for ids outside the vocabulary, and without a tokenizer."""
+        for token_id in token_ids:
+            if token_id >= self._limits.vocab_size:
+                raise ValueError(f"token_ids must be below {self._limits.vocab_size}, not {token_id}")
+        return self._tokenizer.decode(token_ids, keep_special_tokens=keep_special_tokens)
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Chunk]:
+        """Raises ServiceError. Leaving the iteration aborts the request."""
+        try:
+            if call.num_bytes > MAX_INLINE_BYTES:
+                accepted = await asyncio.to_thread(self._accept, call)
+            else:
+                accepted = self._accept(call)
+        except ValueError as error:
+            raise ServiceError(StatusCode.INVALID_ARGUMENT, str(error)) from None
+        async with aclosing(self._stream(accepted)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def _accept(self, call: GenerateCall) -> Accepted:
+        check_call(call, self._limits)
+        prompt_ids = self.encode(call.prompt)
+        check_prompt(prompt_ids, self._limits)
+        request_id = call.request_id or secrets.token_hex(16)
+        seed = self._seeds.draw() if call.seed is None else call.seed
+        # A name of its own: the same request may still be running for a gateway that has died.
+        engine_id = f"{request_id}/{secrets.token_hex(4)}"
+        plans = plan_choices(call, prompt_ids, seed=seed, engine_id=engine_id, limits=self._limits)
+        texts = [self._tokenizer.detokenizer() for _ in plans]
+        for text, plan in zip(texts, plans, strict=True):
+            text.push(plan.resume_ids)
+        return Accepted(
+            request_id=request_id,
+            seed=seed,
+            prompt_ids=prompt_ids,
+            journals=[ChoiceJournal(plan) for plan in plans],
+            texts=texts,
+        )
+
+    async def _stream(self, accepted: Accepted) -> AsyncGenerator[Chunk]:
+        relay = Relay(accepted.journals, routers=self._routers, tokens=self._tokens, limits=self._relay_limits)
+        is_first = is_open = True
+        async with aclosing(relay.batches()) as batches:
+            async for deltas in batches:
+                is_open = not all(journal.is_finished for journal in accepted.journals)
+                for delta in deltas:
+                    is_last = not is_open and delta is deltas[-1]
+                    yield _chunk(accepted, delta, is_first=is_first, is_last=is_last)
+                    is_first = False
+        if is_open:
+            # Every choice had ended before; the client still needs to hear so.
+            yield _chunk(accepted, Delta(choice_index=0), is_first=is_first, is_last=True)
+
+
+def _chunk(accepted: Accepted, delta: Delta, *, is_first: bool, is_last: bool) -> Chunk:
+    detokenizer = accepted.texts[delta.choice_index]
+    text = detokenizer.push(delta.token_ids)
+    if delta.finish_reason is not None:
+        text += detokenizer.finish()
+    return Chunk(
+        delta=delta,
+        text=text,
+        request_id=accepted.request_id if is_first else "",
+        seed=accepted.seed if is_first else None,
+        usage=_usage(accepted) if is_last else None,
+    )
+
+
+def _usage(accepted: Accepted) -> Usage:
+    return Usage(
+        prompt_tokens=len(accepted.prompt_ids),
+        completion_tokens=sum(journal.num_completion_tokens for journal in accepted.journals),
+        cached_tokens=accepted.journals[0].num_cached_tokens,
+    )

@@ -1,0 +1,61 @@
+"""The routers as a Serve deployment: one handle call per choice, open until the choice has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.relay import CallEnd, QueueFullError, RouterLostError
+from router.messages import GenerateRequest, decode_finished, encode
+
+logger = logging.getLogger("arriero.gateway")
+
+# How many looks at the routers fit into the time for which there may be none.
+NUM_LOOKS = 4
+
+
+class ServeRouters:
+    """See cluster.front.relay.Routers."""
+
+    def __init__(self, handle: Any, *, num_ready: Callable[[], int], absence_timeout_s: float) -> None:
+        """handle: Serve's, of the router deployment. num_ready: how many routers there are.
+
+        A handle keeps calls for as long as there is no replica to take them; we only absence_timeout_s.
+        """
+        self._handle = handle
+        self._num_ready = num_ready
+        self._absence_timeout_s = absence_timeout_s
+
+    async def generate(self, request: GenerateRequest) -> CallEnd:
+        call = asyncio.create_task(self._call(request))
+        num_absences = 0
+        try:
+            while not call.done():
+                await asyncio.wait([call], timeout=self._absence_timeout_s / NUM_LOOKS)
+                num_absences = 0 if self._num_ready() else num_absences + 1
+                if num_absences > NUM_LOOKS:
+                    raise ServiceError(StatusCode.UNAVAILABLE, "no router is ready: try again")
+            return call.result()
+        finally:
+            call.cancel()
+
+    async def _call(self, request: GenerateRequest) -> CallEnd:
+        response = self._handle.generate.remote(encode(request))
+        try:
+            end = decode_finished(await response)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except BackPressureError as error:
+            raise QueueFullError(error.message) from None
+        except (RayError, RayServeException) as error:
+            # Died, stopped, dropped the call or failed in it: in every case another router can take over.
+            logger.warning("%s: lost its router: %s", request.request_id, error)
+            raise RouterLostError(f"the router is lost: {type(error).__name__}") from None
+        return CallEnd(finish_reason=end.finish_reason, error=end.error, error_code=end.error_code)
