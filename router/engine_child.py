@@ -56,11 +56,6 @@ class EngineChild:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def has_ended(self) -> bool:
-        """The process is gone and has been collected; on_death has been called."""
-        return self._ended.is_set()
-
     def send(self, message: ToEngine) -> None:
         """Never waits. What is sent to a process that has ended is lost; on_death tells."""
         self._outbox.put(message)

@@ -2,7 +2,7 @@
 
 Three conversations use them:
 - replica -> engine process, over the pipe the process is born with: Start, Add, Abort, Shutdown;
-- engine process -> replica, over the same pipe: Ready or Failed, then Finished and Stats;
+- engine process -> replica, over the same pipe: Ready or Failed, then Finished and Heartbeat;
 - engine process -> gateway, over one TCP connection per gateway: one TokenBatch per step.
 Decoding validates every field's type; a message that does not fit raises msgspec.ValidationError.
 """
@@ -92,8 +92,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine between two steps.
 
     num_waiting_tokens: tokens that waiting and running sequences still have to compute before they can sample.
-    Blocks are by group, "global" and
-    "local", without the null block; free ones may be cached. expert_load: (layer, expert, tokens routed there).
+    Blocks are by group, "global" and "local", without the null block; free ones may be cached. expert_load:
+    (layer, expert, tokens routed there) of experts in this process; shards count their own.
     """
 
     num_running: int

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from experts.opening import CHALLENGE_BYTES
+from experts.transport.exact_read import read_exactly
 from router.token_opening import LENGTH, MAX_BATCH_BYTES, WELCOME_BYTES, check_welcome, make_answer
 
 _FLUSH_POLL_S = 0.005
@@ -142,10 +143,10 @@ class TokenLink:
             # For a host that vanishes with all our bytes in its kernel's hands; the other cases are ours to tell.
             dead_after_ms = round(2000 * self._limits.stall_timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, dead_after_ms)
-        challenge = _read_exactly(sock, CHALLENGE_BYTES, deadline)
+        challenge = read_exactly(sock, CHALLENGE_BYTES, deadline)
         answer = make_answer(challenge, secret=secret, address=self.address, router_id=router_id)
         sock.sendall(answer)
-        welcome = _read_exactly(sock, WELCOME_BYTES, deadline)
+        welcome = read_exactly(sock, WELCOME_BYTES, deadline)
         check_welcome(welcome, challenge=challenge, answer=answer, secret=secret)
         sock.setblocking(False)
 
@@ -164,17 +165,3 @@ def _is_readable(sock: socket.socket) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _read_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
-    received = b""
-    while len(received) < num_bytes:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError("timed out")
-        sock.settimeout(remaining)
-        chunk = sock.recv(num_bytes - len(received))
-        if not chunk:
-            raise ConnectionResetError("closed before the welcome (another cluster's secret?)")
-        received += chunk
-    return received

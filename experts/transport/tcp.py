@@ -30,6 +30,7 @@ from experts.opening import (
     make_answer,
 )
 from experts.transport.base import Link, LinkError
+from experts.transport.exact_read import read_exactly
 from experts.transport.stream import ByteStream, Parser, byte_view, discard, tune
 
 
@@ -43,37 +44,20 @@ def connect(address: ShardAddress, *, lane_id: str, secret: bytes, timeout_s: fl
     try:
         tune(sock, dead_after_s=timeout_s)
         terms = _open(sock, address, lane_id, secret, deadline)
-    except OSError as error:
-        sock.close()
-        raise LinkError(f"phase opening: {error} (another cluster's secret, or another shard?)") from error
-    except OpeningError as error:
+    except (OSError, OpeningError) as error:
         sock.close()
         raise LinkError(f"phase opening: {error}") from error
     return TcpLink(sock, terms)
 
 
 def _open(sock: socket.socket, address: ShardAddress, lane_id: str, secret: bytes, deadline: float) -> LaneTerms:
-    challenge = _read_exactly(sock, CHALLENGE_BYTES, deadline)
+    challenge = read_exactly(sock, CHALLENGE_BYTES, deadline)
     answer = make_answer(
         challenge, secret=secret, nonce=os.urandom(NONCE_BYTES), shard_id=address.shard_id, lane_id=lane_id
     )
     sock.sendall(answer)
-    welcome = _read_exactly(sock, WELCOME_BYTES, deadline)
+    welcome = read_exactly(sock, WELCOME_BYTES, deadline)
     return check_welcome(welcome, challenge=challenge, answer=answer, secret=secret)
-
-
-def _read_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
-    received = b""
-    while len(received) < num_bytes:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError("timed out")
-        sock.settimeout(remaining)
-        chunk = sock.recv(num_bytes - len(received))
-        if not chunk:
-            raise ConnectionResetError("closed by the shard")
-        received += chunk
-    return received
 
 
 class TcpLink:

@@ -156,7 +156,7 @@ def test_a_gateway_is_not_too_slow_for_having_a_whole_batch_before_it() -> None:
     links = TokenLinks(router_id="router-a", secret=SECRET)
     gateway = SilentGateway()
     links.open(gateway.address)
-    large = _output("a", *[1] * (MAX_BATCH_BYTES - 1000))
+    large = SequenceOutput(request_id="a", attempt=0, error="x" * (MAX_BATCH_BYTES - 1000))
     assert links.send(gateway.address, [large]) == []
     assert links.send(gateway.address, [_output("a", 2)]) == []
     assert links.poll() == {}
