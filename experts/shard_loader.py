@@ -8,6 +8,7 @@ import torch
 
 from experts.checkpoint import Checkpoint
 from experts.hub import resolve_model
+from experts.progress import log_progress
 from experts.shard import Shard
 from experts.shard_spec import ShardSpec
 from experts.weights import load_slots
@@ -24,11 +25,14 @@ def load_shard(spec: ShardSpec) -> Shard:
     torch.set_num_threads(spec.num_threads)
     checkpoint = Checkpoint.open(resolve_model(spec.model))
 
-    def report(done: int, total: int) -> None:
-        if done == total or done % max(1, total // 10) == 0:
-            _LOG.info("shard %s: %d of %d slots loaded", spec.shard_id, done, total)
-
-    slots = load_slots(checkpoint, spec.slots, spec.shape, dtype=dtype, device=spec.device, progress=report)
+    slots = load_slots(
+        checkpoint,
+        spec.slots,
+        spec.shape,
+        dtype=dtype,
+        device=spec.device,
+        progress=log_progress(_LOG, f"{len(spec.slots)} slots of {spec.shard_id}"),
+    )
     return Shard(
         shard_id=spec.shard_id,
         slots=slots,

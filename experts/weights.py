@@ -9,7 +9,7 @@ Shapes: E experts, D model width, F hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ from experts.expert_shape import ExpertShape
 from experts.linear import PackedLinear
 from experts.mlp import Mlp
 from experts.placement import Slot
+from experts.progress import Progress
 from experts.scratch import scratch_tensor
 
 
@@ -59,7 +60,7 @@ def load_slots(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[Slot, Mlp]:
     """Loads slots one after the other, in the order in which they lie on disk.
 

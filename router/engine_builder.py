@@ -14,6 +14,7 @@ from experts.hub import resolve_model
 from experts.lane import LaneDispatcher
 from experts.load import ExpertLoad
 from experts.placement import ShardId, Slot
+from experts.progress import Progress, log_progress
 from experts.shard import Shard
 from experts.weights import load_slots, validate_experts
 from router.capacity import KvCapacity, KvDemand, fitting_capacity, fixed_capacity
@@ -33,12 +34,13 @@ logger = logging.getLogger(__name__)
 # GPU is a router's own, but computing takes some of it.
 _KV_SHARE_OF_HOST = 0.25
 _KV_SHARE_OF_GPU = 0.85
-_PROGRESS_STEPS = 10
 
 
-def build_engine(start: Start) -> BuiltEngine:
-    """Checks everything that can be checked cheaply before reading weights. Raises ValueError (CheckpointError and
-    ConfigError among them) or OSError naming what is wrong."""
+def build_engine(start: Start, progress: Callable[[str], Progress] | None = None) -> BuiltEngine:
+    """Checks everything that can be checked cheaply before reading weights. progress makes one for each part that is
+    loaded, "router" or "experts"; by default they are logged. Raises ValueError (CheckpointError and ConfigError among them) or OSError naming
+    what is wrong."""
+    progress = progress or (lambda part: log_progress(logger, part))
     settings = start.settings
     torch.set_num_threads(settings.num_threads)
     dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
@@ -49,8 +51,9 @@ def build_engine(start: Start) -> BuiltEngine:
     validate_router(checkpoint, config)
     if start.epoch is None:
         validate_experts(checkpoint, config.moe_layers, config.expert_shape)
-    model = Llama4Model(config, load_router(checkpoint, config, dtype=dtype, device=device, progress=_log("router")))
-    dispatcher, expert_load = _make_dispatcher(start, checkpoint, config, dtype, device)
+    weights = load_router(checkpoint, config, dtype=dtype, device=device, progress=progress("router"))
+    model = Llama4Model(config, weights)
+    dispatcher, expert_load = _make_dispatcher(start, checkpoint, config, dtype, device, progress)
     capacity = kv_capacity(demand, settings, device)
     kv_cache = KvCache(
         spec,
@@ -96,7 +99,12 @@ def kv_capacity(demand: KvDemand, settings: EngineSettings, device: torch.device
 
 
 def _make_dispatcher(
-    start: Start, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    start: Start,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[str], Progress],
 ) -> tuple[Dispatcher, ExpertLoad | None]:
     """The load is that of experts in this process; shards report their own."""
     if start.epoch is not None:
@@ -113,7 +121,9 @@ def _make_dispatcher(
     slots = [Slot(layer, expert) for layer in config.moe_layers for expert in range(config.num_local_experts)]
     shard = Shard(
         shard_id=ShardId(f"{start.router_id}-experts"),
-        slots=load_slots(checkpoint, slots, config.expert_shape, dtype=dtype, device=device, progress=_log("experts")),
+        slots=load_slots(
+            checkpoint, slots, config.expert_shape, dtype=dtype, device=device, progress=progress("experts")
+        ),
         hidden_size=config.hidden_size,
         dtype=dtype,
         device=device,
@@ -144,16 +154,3 @@ def _limits(settings: EngineSettings, spec: KvCacheSpec, capacity: KvCapacity) -
         block_size=spec.block_size,
         max_logprobs=settings.max_logprobs,
     )
-
-
-def _log(what: str) -> Callable[[int, int], None]:
-    """Progress for a log: a line for each tenth."""
-    next_step = 1
-
-    def progress(done: int, total: int) -> None:
-        nonlocal next_step
-        if total and done * _PROGRESS_STEPS >= next_step * total:
-            next_step = done * _PROGRESS_STEPS // total + 1
-            logger.info("loading %s: %d%%", what, 100 * done // total)
-
-    return progress

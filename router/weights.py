@@ -8,7 +8,6 @@ Shapes: V vocabulary, D model, E experts, and as in attention.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from experts.checkpoint import Checkpoint
 from experts.linear import PackedLinear
 from experts.mlp import Mlp
+from experts.progress import Progress
 from experts.scratch import scratch_tensor
 from router.attention import AttentionWeights
 from router.config import ModelConfig
@@ -25,7 +25,6 @@ FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 
 Shape = tuple[int, ...]
-Progress = Callable[[int, int], None]
 """Called with bytes read so far and bytes in all, as they lie in the checkpoint."""
 
 

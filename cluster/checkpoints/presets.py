@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints.byte_tokenizer import BOS_TOKEN_ID, EOS_TOKEN_IDS, PAD_TOKEN_ID, write_tokenizer
 from cluster.checkpoints.expert_skew import ExpertSkew
+from experts.progress import Progress
 
 MAX_SHARD_BYTES = 512 * 2**20
 
@@ -106,7 +107,7 @@ def create_checkpoint(
     expert_skew: str | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Writes a random checkpoint with configuration and tokenizer into the new or empty folder ``out``.
 
@@ -141,7 +142,7 @@ def _fill(
     seed: int,
     skew: ExpertSkew | None,
     max_shard_bytes: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     # Loads torch, which takes seconds; whoever only asks for the presets' names should not pay for it.
     from cluster.checkpoints.random_weights import Initialization, write_random_weights

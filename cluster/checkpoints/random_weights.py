@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from cluster.checkpoints.expert_skew import ExpertSkew
-from cluster.checkpoints.safetensors_writer import Progress, TensorSpec, write_checkpoint_tensors
+from cluster.checkpoints.safetensors_writer import TensorSpec, write_checkpoint_tensors
+from experts.progress import Progress
 
 PIECE_ELEMENTS = 4 * 2**20
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16)}

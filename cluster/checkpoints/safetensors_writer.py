@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from experts.progress import Progress
+
 ITEM_BYTES = {"F32": 4, "BF16": 2}
 
-Progress = Callable[[int, int], None]
 """Called with bytes written so far and bytes in all."""
 
 

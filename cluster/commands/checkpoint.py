@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from cluster.checkpoints.presets import PRESETS, create_checkpoint
+from cluster.progress_bar import progress_bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("weights", total=None)
+    with progress_bars() as bar:
         folder = create_checkpoint(
             arguments.preset,
             arguments.out,
             seed=arguments.seed,
             expert_skew=arguments.expert_skew,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=bar("weights"),
         )
     print(folder)
     return 0

@@ -19,6 +19,7 @@ from cluster.front.admission import MAX_DEFAULT_TOKENS
 from cluster.front.chat import ChatMessage, encode_chat
 from cluster.front.tokenizer import Tokenizer
 from cluster.launch.preflight import check_model
+from cluster.progress_bar import progress_bars
 from cluster.service_model import read_model_config, resolve
 from experts.hub import resolve_model
 from router.messages import GenerateRequest, SequenceOutput, Start
@@ -129,7 +130,8 @@ def _outputs(config: ServiceConfig, request: GenerateRequest) -> Iterator[Sequen
     start = Start(
         router_id=REQUEST_ID, settings=engine_settings(config), secret=b"", weights_version=WEIGHTS_VERSION, epoch=None
     )
-    built = build_engine(start)
+    with progress_bars() as bar:
+        built = build_engine(start, progress=lambda part: bar(f"loading {part}"))
     try:
         built.engine.add(request)
         while built.engine.has_work:
