@@ -37,9 +37,11 @@ _KV_SHARE_OF_GPU = 0.85
 
 
 def build_engine(start: Start, progress: Callable[[str], Progress] | None = None) -> BuiltEngine:
-    """Checks everything that can be checked cheaply before reading weights. progress makes one for each part that is
-    loaded, "router" or "experts"; by default they are logged. Raises ValueError (CheckpointError and ConfigError among them) or OSError naming
-    what is wrong."""
+    """Checks everything that can be checked cheaply before reading weights.
+
+    progress makes one for each part that is loaded, "router" or "experts"; by default they are logged. Raises
+    ValueError (CheckpointError and ConfigError among them) or OSError naming what is wrong.
+    """
     progress = progress or (lambda part: log_progress(logger, part))
     settings = start.settings
     torch.set_num_threads(settings.num_threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,17 @@ def test_creates_a_checkpoint_and_prints_its_folder(tmp_path: Path, capsys: pyte
     assert create(tmp_path / "model", "--seed", "5", "--expert-skew", "0.8:2") == 0
     captured = capsys.readouterr()
     assert captured.out == f"{tmp_path / 'model'}\n"
-    assert "weights" in captured.err, "the progress bar"
+    assert captured.err == "", "no bar where there is no terminal"
     assert Checkpoint.open(tmp_path / "model").names()
+
+
+def test_a_terminal_sees_a_progress_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Makes rich take the captured stderr for a terminal.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert create(tmp_path / "model") == 0
+    assert re.search(r"weights.*100%", capsys.readouterr().err)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
