@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from conftest import WAIT_S, Service, wait_until
 from ray import serve
+from ray.serve.exceptions import BackPressureError
 
 from cluster.app import ROUTER
 from router.messages import EngineStats
@@ -31,9 +33,11 @@ class EngineWatch:
 
         def hear_all() -> bool:
             # Serve picks the replica, the less busy one rather: only calls that are open at once reach all.
-            calls = [self._handle.engine_stats.remote() for _ in range(CALLS_AT_ONCE)]
-            answers = (call.result(timeout_s=WAIT_S) for call in calls)
-            found.update((router_id, stats) for router_id, stats in answers if stats is not None)
+            for call in [self._handle.engine_stats.remote() for _ in range(CALLS_AT_ONCE)]:
+                with suppress(BackPressureError):
+                    router_id, stats = call.result(timeout_s=WAIT_S)
+                    if stats is not None:
+                        found[router_id] = stats
             return wanted <= found.keys()
 
         wait_until(hear_all, f"statistics of {sorted(wanted)}")

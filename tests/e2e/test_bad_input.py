@@ -102,8 +102,8 @@ def test_a_request_of_many_megabytes_is_refused_by_its_size(service: Service, ch
 
 @pytest.mark.parametrize(
     "data",
-    [b"\xff" * 9, b"\x0a\x7f", text_request().SerializeToString()[:-1], b"\x22\x02\x09\x00", b"\x0a\x02\xff\xfe"],
-    ids=["noise", "length past the end", "cut off", "cut off inside", "invalid UTF-8"],
+    [b"\xff" * 9, b"\x0a\x7f", text_request().SerializeToString()[:-1], b"\x30\x80", b"\x0a\x02\xff\xfe"],
+    ids=["noise", "length past the end", "cut off", "cut off in a number", "invalid UTF-8"],
 )
 @pytest.mark.parametrize("method", ["GenerationService/Generate", "GenerationService/Tokenize"])
 def test_malformed_protobuf_is_refused(service: Service, channel: grpc.Channel, method: str, data: bytes) -> None:
