@@ -29,7 +29,7 @@ ROWS = random_rows(40, top_k=2)
 ROW_BYTES = HIDDEN * 4
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition never held"
