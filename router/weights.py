@@ -25,7 +25,6 @@ FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 
 Shape = tuple[int, ...]
-"""Called with bytes read so far and bytes in all, as they lie in the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,6 @@ from experts.progress import Progress
 
 ITEM_BYTES = {"F32": 4, "BF16": 2}
 
-"""Called with bytes written so far and bytes in all."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:

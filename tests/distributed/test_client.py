@@ -176,7 +176,8 @@ def test_the_deadline_holds_over_all_tries(proxy: CuttableProxy, script: Script)
     began = time.monotonic()
     with (
         ArrieroClient(f"127.0.0.1:{proxy.port}", retry=patient) as client,
-        pytest.raises(ArrieroError, match="no time left to try again after UNAVAILABLE: scripted") as caught,
+        # Whether it passes between two tries or in the middle of one is chance.
+        pytest.raises(ArrieroError, match="no time left to try again after UNAVAILABLE|Deadline Exceeded") as caught,
     ):
         list(client.generate("hi", sampling=sampling(), timeout_s=0.4))
     assert caught.value.code == "DEADLINE_EXCEEDED"

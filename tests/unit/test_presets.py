@@ -185,7 +185,7 @@ def status(key):
 
 create_checkpoint("tiny-scout", sys.argv[1] + "/warm")
 before = status("VmRSS")
-overrides = {"num_hidden_layers": 2, "num_local_experts": 12, "vocab_size": 1000}
+overrides = {"num_hidden_layers": 2, "num_local_experts": 24, "vocab_size": 1000}
 create_checkpoint("mid", sys.argv[1] + "/model", config_overrides=overrides)
 print(status("VmHWM") - before)
 """
@@ -204,8 +204,8 @@ def test_writing_holds_a_few_pieces_however_large_a_tensor_is(tmp_path: Path) ->
         info.num_bytes
         for info in map(Checkpoint.open(tmp_path / "model").info, ["model.layers.1.feed_forward.experts.gate_up_proj"])
     )
-    assert largest > 100_000_000
-    assert int(done.stdout) < 5 * PIECE_ELEMENTS * 4 < largest
+    assert largest > 200_000_000
+    assert int(done.stdout) < 8 * PIECE_ELEMENTS * 4 < largest
 
 
 def test_the_list_of_presets_does_not_load_torch() -> None:
