@@ -177,7 +177,7 @@ def test_the_deadline_holds_over_all_tries(proxy: CuttableProxy, script: Script)
     with (
         ArrieroClient(f"127.0.0.1:{proxy.port}", retry=patient) as client,
         # Whether it passes between two tries or in the middle of one is chance.
-        pytest.raises(ArrieroError, match="no time left to try again after UNAVAILABLE|Deadline Exceeded") as caught,
+        pytest.raises(ArrieroError, match=r"no time left to try again|Deadline Exceeded") as caught,
     ):
         list(client.generate("hi", sampling=sampling(), timeout_s=0.4))
     assert caught.value.code == "DEADLINE_EXCEEDED"
