@@ -2,7 +2,8 @@
 
 Serve's proxy (2.60) tells a replica that a client has gone only while it waits for the replica's next message. A
 client that goes while a message is being sent to it is forgotten, and the replica generates to the end for nobody.
-So here a task of its own always waits for the next message, and ends with the call however that ends.
+So here a task of its own always waits for the next message, and ends with the call however that ends. It may also lose
+a cancellation that comes while the call is on its way to the replica, so that a call is left to arrive first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 from cluster.v1 import admin_pb2_grpc, generation_pb2_grpc
 
 Handler = Callable[[Any, Any], AsyncIterator[bytes]]
+
+# How long a call may be on its way to a replica.
+ARRIVAL_S = 2.0
 
 
 def add_generation_service(servicer: Any, server: Any) -> None:
@@ -47,17 +51,18 @@ class CallContext:
         return getattr(self._context, name)
 
 
-def attentive(handler: Handler) -> Handler:
+def attentive(handler: Handler, *, arrival_s: float = ARRIVAL_S) -> Handler:
     """The same stream of messages. When the task that iterates over it ends, whatever it was doing then, the handler
-    is cancelled where it waits for its next message."""
+    is cancelled where it waits for its next message, but not before it is arrival_s old."""
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
         messages: asyncio.Queue[bytes | None] = asyncio.Queue()
         reader = asyncio.create_task(_read(handler(request, CallContext(context)), messages))
         reader.add_done_callback(lambda _: messages.put_nowait(None))
-        call = asyncio.current_task()
+        call, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert call is not None
-        call.add_done_callback(lambda _: reader.cancel())
+        arrived_s = loop.time() + arrival_s
+        call.add_done_callback(lambda _: loop.call_at(arrived_s, reader.cancel))
         while (message := await messages.get()) is not None:
             yield message
         await reader

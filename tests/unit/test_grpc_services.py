@@ -10,6 +10,8 @@ import pytest
 
 from cluster.front.grpc_services import attentive
 
+ARRIVAL_S = 0.05
+
 
 class Context:
     """grpcio's, of which peer() must not be called once the call has ended."""
@@ -86,15 +88,17 @@ def test_the_handler_hears_of_a_client_that_goes(is_sending: bool) -> None:
         handler, context = Handler(), Context()
 
         async def call() -> None:
-            async for _ in attentive(handler)(b"1", context):
+            async for _ in attentive(handler, arrival_s=ARRIVAL_S)(b"1", context):
                 if is_sending:
                     await asyncio.Event().wait()
 
         task = asyncio.create_task(call())
         task.add_done_callback(lambda _: context.end())
         await handler.is_waiting.wait()
+        begun_s = asyncio.get_running_loop().time()
         task.cancel()
         await handler.ended.wait()
+        assert asyncio.get_running_loop().time() - begun_s > ARRIVAL_S / 2
         assert handler.asked == ["ipv4:127.0.0.1:1", 7]
 
     run(test)
