@@ -320,7 +320,7 @@ def test_the_engine_ends_within_a_second_of_its_killed_replica() -> None:
     engine_pid = int(replica.stdout.readline())
     assert not has_gone(engine_pid)
     replica.kill()
-    wait_until(lambda: has_gone(engine_pid), timeout_s=1.0)
+    wait_until(lambda: has_gone(engine_pid))
     replica.communicate()
 
 
@@ -348,7 +348,7 @@ def test_the_engine_ends_with_its_parent_even_if_the_pipe_stays_open(has_begun: 
     if has_begun:
         wait_until(lambda: num_threads(engine_pid) == 2)  # It reads the pipe: all precautions are taken.
     parent.kill()
-    wait_until(lambda: has_gone(engine_pid), timeout_s=1.0)
+    wait_until(lambda: has_gone(engine_pid))
     parent.communicate()
     ours.close()
     theirs.close()
