@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": "serve a model over gRPC until Ctrl-C",
     "generate": "answer one prompt in this process, without a server",
     "checkpoint": "make checkpoints with random weights to try things on",
+    "chat": "chat with a running service in the terminal",
     "status": "show the members, expert shards and load of a running service",
 }
 
