@@ -69,11 +69,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """One message to the client. request_id and seed: in the first; usage: in the last. text completes delta's
-    tokens."""
+    """One message to the client. request_id and seed: in the first; usage: in the last."""
 
     delta: Delta
-    text: str = ""
     request_id: str = ""
     seed: int | None = None
     usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """What delta's tokens complete."""
+        return self.delta.text

@@ -90,6 +90,9 @@ class ChoiceRun:
 
     async def run(self) -> None:
         """Raises ServiceError when the choice cannot be brought to its end."""
+        end = self.journal.take_untold_end()
+        if end is not None:
+            self._outbox.put(end)
         deadline: float | None = None
         retry_s = FIRST_RETRY_S
         while not self.journal.is_finished:
@@ -125,14 +128,19 @@ class ChoiceRun:
                 call.cancel()
                 await asyncio.wait([call])
                 raise
-        # The call returns about now; nobody needs to wait for that.
-        asyncio.get_running_loop().call_later(LAST_TOKENS_TIMEOUT_S, call.cancel)
+        if stream.has_finished:
+            # The call returns about now; nobody needs to wait for that.
+            asyncio.get_running_loop().call_later(LAST_TOKENS_TIMEOUT_S, call.cancel)
+        else:
+            call.cancel()
 
     async def _follow(self, stream: TokenStream, call: asyncio.Task[CallEnd]) -> None:
         """To the end of the choice. Raises what the call raised, where that is why no more tokens come."""
         try:
             async for output in stream:
                 self._accept(output)
+                if self.journal.is_finished:
+                    return
         except StreamBrokenError as error:
             if call.done():
                 _check_end(call.result())

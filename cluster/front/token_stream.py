@@ -27,7 +27,8 @@ class TokenStream:
         self._on_close = on_close
         self._gathered: list[SequenceOutput] = []
         self._error: str | None = None
-        self._has_finished = False
+        # Whether an output with a finish_reason has come.
+        self.has_finished = False
         self._news = asyncio.Event()
         # Filled by put: the connection that outputs come from; None before the first.
         self.feeder: object | None = None
@@ -36,12 +37,12 @@ class TokenStream:
         """Called by the listener, in the event loop."""
         self.feeder = feeder
         self._gathered.append(output)
-        self._has_finished |= output.finish_reason is not None
+        self.has_finished |= output.finish_reason is not None
         self._news.set()
 
     def fail(self, reason: str) -> None:
         """Ends the stream after what has gathered. Without effect on one that has its finish_reason."""
-        if not self._has_finished and self._error is None:
+        if not self.has_finished and self._error is None:
             self._error = reason
             self._news.set()
 
@@ -62,7 +63,7 @@ class TokenStream:
 
     async def __anext__(self) -> SequenceOutput:
         while not self._gathered:
-            if self._has_finished:
+            if self.has_finished:
                 raise StopAsyncIteration
             if self._error is not None:
                 raise StreamBrokenError(self._error)
