@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from cluster.front.admission import ServiceLimits
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.generate_call import Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt
 from cluster.front.generator import Generator, SeedSource
-from cluster.front.relay import CallEnd, RelayLimits
+from cluster.front.relay import CallEnd, RelayLimits, RouterLostError
 from cluster.front.tokenizer import Tokenizer
 from router.messages import FinishReason
 
@@ -154,3 +155,95 @@ def test_seeds_that_gateways_draw_are_reproducible_only_when_told_so() -> None:
     assert draw(1, 0) == draw(1, 0)
     assert draw(1, 0) != draw(1, 1)
     assert draw(None, 0) != draw(None, 0)
+
+
+def never_ending(text: str, tokenizer: Tokenizer) -> Any:
+    """A router that says the text again and again until it is told to stop."""
+    token_ids = tokenizer.encode(text)
+
+    async def script(attempt: Attempt) -> CallEnd:
+        position = len(attempt.request.resume_ids)
+        while True:
+            attempt.send(token_ids[position % len(token_ids)])
+            position += 1
+            await asyncio.sleep(0)
+
+    return script
+
+
+def test_a_stop_string_ends_the_choice_and_its_sequence(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([never_ending("one llama, two llamas. ", tokenizer)])
+    chunks = chunks_of(generator(tokenizer, routers), stop=("ma,", "two"))
+    assert "".join(chunk.text for chunk in chunks) == "one lla"
+    token_ids = [token_id for chunk in chunks for token_id in chunk.delta.token_ids]
+    assert token_ids == tokenizer.encode("one llama,")
+    assert chunks[-1].delta.finish_reason is FinishReason.STOP
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == len(token_ids)
+    assert routers.num_aborted == 1
+    assert routers.streams == {}
+
+
+def test_a_stop_string_stays_in_the_text_on_request(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([never_ending("one llama, two llamas. ", tokenizer)])
+    chunks = chunks_of(generator(tokenizer, routers), stop=("two",), include_stop_str_in_output=True)
+    assert "".join(chunk.text for chunk in chunks) == "one llama, two"
+
+
+def test_a_stop_string_does_not_count_before_min_tokens(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([never_ending("a.", tokenizer)])
+    chunks = chunks_of(generator(tokenizer, routers), stop=(".",), sampling={"min_tokens": 4})
+    assert "".join(chunk.text for chunk in chunks) == "a.a.a"
+
+
+def test_each_choice_has_its_own_stop(tokenizer: Tokenizer) -> None:
+    async def speak_by_index(attempt: Attempt) -> CallEnd:
+        words = ("x end y", "longer end z")[attempt.request.params.choice_index]
+        return await speak(tokenizer.encode(words))(attempt)  # type: ignore[no-any-return]
+
+    chunks = chunks_of(generator(tokenizer, ScriptedRouters([speak_by_index])), stop=("end",), n=2)
+    texts = ["".join(chunk.text for chunk in chunks if chunk.delta.choice_index == index) for index in (0, 1)]
+    assert texts == ["x ", "longer "]
+
+
+@pytest.mark.parametrize("num_resumed", range(1, 6))
+def test_a_stop_string_is_found_wherever_the_stream_broke(tokenizer: Tokenizer, num_resumed: int) -> None:
+    """The client's half of the text and the rest are what an unbroken stream would have said."""
+    token_ids = tokenizer.encode("ab END cd")
+    routers = ScriptedRouters([speak(token_ids)])
+    sent = "ab "[:num_resumed]
+    resumed = {0: ResumedChoice(token_ids=token_ids[:num_resumed], finished=False)}
+    chunks = chunks_of(generator(tokenizer, routers), stop=("END",), resumed=resumed)
+    assert sent + "".join(chunk.text for chunk in chunks) == "ab "
+    assert chunks[-1].delta.finish_reason is FinishReason.STOP
+
+
+def test_a_stream_whose_resumed_tokens_hold_the_stop_ends_without_a_router(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([serve_whole])
+    token_ids = tokenizer.encode("ab END c")
+    resumed = {0: ResumedChoice(token_ids=token_ids, finished=False)}
+    [chunk] = chunks_of(generator(tokenizer, routers), stop=("END",), resumed=resumed, request_id="r")
+    assert (chunk.request_id, chunk.text, chunk.delta.token_ids) == ("r", "", ())
+    assert chunk.delta.finish_reason is FinishReason.STOP
+    assert chunk.usage is not None
+    assert chunk.usage.completion_tokens == len(token_ids)
+    assert routers.requests == []
+
+
+def test_a_router_that_is_lost_is_not_replaced_after_the_stop(tokenizer: Tokenizer) -> None:
+    async def stop_then_die(attempt: Attempt) -> CallEnd:
+        attempt.send(*tokenizer.encode("x END y"))
+        raise RouterLostError("killed")
+
+    routers = ScriptedRouters([stop_then_die])
+    chunks = chunks_of(generator(tokenizer, routers), stop=("END",))
+    assert "".join(chunk.text for chunk in chunks) == "x "
+    assert len(routers.requests) == 1
+
+
+def test_stop_strings_are_refused_where_there_is_no_text(tmp_path: Path) -> None:
+    made = generator(Tokenizer(tmp_path), ScriptedRouters([serve_whole]))
+    with pytest.raises(ServiceError, match=r"stop must be empty .* without a tokenizer\.json") as failure:
+        chunks_of(made, stop=("END",))
+    assert failure.value.code is StatusCode.INVALID_ARGUMENT
