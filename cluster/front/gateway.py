@@ -103,6 +103,7 @@ class Gateway:
         self, request: generation_pb2.GenerateRequest, grpc_context: Any
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         with _errors_told(grpc_context):
+            yield generation_pb2.GenerateResponse()  # for the proxy: see cluster.front.grpc_services
             call = _understood(generate_call, request)
             async with aclosing(self._generator.generate(call)) as chunks:
                 async for chunk in chunks:

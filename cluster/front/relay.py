@@ -128,11 +128,9 @@ class ChoiceRun:
                 call.cancel()
                 await asyncio.wait([call])
                 raise
-        if stream.has_finished:
-            # The call returns about now; nobody needs to wait for that.
-            asyncio.get_running_loop().call_later(LAST_TOKENS_TIMEOUT_S, call.cancel)
-        else:
-            call.cancel()
+        # The call returns about now, nobody needs to wait for that. After a stop string it does so because closing the
+        # stream has told the router.
+        asyncio.get_running_loop().call_later(LAST_TOKENS_TIMEOUT_S, call.cancel)
 
     async def _follow(self, stream: TokenStream, call: asyncio.Task[CallEnd]) -> None:
         """To the end of the choice. Raises what the call raised, where that is why no more tokens come."""

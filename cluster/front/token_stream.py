@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Protocol
 
 from router.messages import SequenceOutput, TokenLogprobs
 
 
 class StreamBrokenError(ConnectionError):
     """No more tokens will come from this attempt though it has not ended; another attempt may go on from here."""
+
+
+class Feeder(Protocol):
+    """The connection that outputs come from."""
+
+    def abort(self, request_id: str, attempt: int) -> None: ...
 
 
 class TokenStream:
@@ -27,28 +34,29 @@ class TokenStream:
         self._on_close = on_close
         self._gathered: list[SequenceOutput] = []
         self._error: str | None = None
-        # Whether an output with a finish_reason has come.
-        self.has_finished = False
+        self._has_finished = False
         self._news = asyncio.Event()
-        # Filled by put: the connection that outputs come from; None before the first.
-        self.feeder: object | None = None
+        # Filled as soon as a router says that it has the request.
+        self.feeder: Feeder | None = None
 
-    def put(self, output: SequenceOutput, feeder: object) -> None:
+    def put(self, output: SequenceOutput, feeder: Feeder) -> None:
         """Called by the listener, in the event loop."""
         self.feeder = feeder
         self._gathered.append(output)
-        self.has_finished |= output.finish_reason is not None
+        self._has_finished |= output.finish_reason is not None
         self._news.set()
 
     def fail(self, reason: str) -> None:
         """Ends the stream after what has gathered. Without effect on one that has its finish_reason."""
-        if not self.has_finished and self._error is None:
+        if not self._has_finished and self._error is None:
             self._error = reason
             self._news.set()
 
     def close(self) -> None:
-        """What still comes is dropped. Idempotent."""
+        """What still comes is dropped; a router that has not come to the end is told to stop. Idempotent."""
         self._on_close()
+        if self.feeder is not None and not self._has_finished:
+            self.feeder.abort(self.request_id, self.attempt)
 
     def __enter__(self) -> TokenStream:
         return self
@@ -63,7 +71,7 @@ class TokenStream:
 
     async def __anext__(self) -> SequenceOutput:
         while not self._gathered:
-            if self.has_finished:
+            if self._has_finished:
                 raise StopAsyncIteration
             if self._error is not None:
                 raise StreamBrokenError(self._error)

@@ -163,10 +163,11 @@ def never_ending(text: str, tokenizer: Tokenizer) -> Any:
 
     async def script(attempt: Attempt) -> CallEnd:
         position = len(attempt.request.resume_ids)
-        while True:
+        while not attempt.aborted.is_set():
             attempt.send(token_ids[position % len(token_ids)])
             position += 1
             await asyncio.sleep(0)
+        return CallEnd(finish_reason=FinishReason.ABORT)
 
     return script
 
@@ -181,7 +182,8 @@ def test_a_stop_string_ends_the_choice_and_its_sequence(tokenizer: Tokenizer) ->
     usage = chunks[-1].usage
     assert usage is not None
     assert usage.completion_tokens == len(token_ids)
-    assert routers.num_aborted == 1
+    assert [attempt.aborted.is_set() for attempt in routers.attempts] == [True]
+    assert routers.num_aborted == 0, "the call ends by itself"
     assert routers.streams == {}
 
 
