@@ -7,10 +7,11 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.front.admission import ServiceLimits, check_call, check_prompt, plan_choices
-from cluster.front.chat import encode_chat
+from cluster.front.chat import turn_end_ids
+from cluster.front.chat_encoder import EncodeChat, chat_encoder
 from cluster.front.choice_text import ChoiceText
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, Prompt, TextPrompt, Usage
@@ -50,13 +51,17 @@ class Generator:
         self,
         *,
         tokenizer: Tokenizer,
+        encode_chat: EncodeChat | None = None,
         limits: ServiceLimits,
         routers: Routers,
         tokens: TokenPath,
         relay_limits: RelayLimits,
         seeds: SeedSource,
     ) -> None:
+        """encode_chat: Llama 4's format unless given."""
         self._tokenizer = tokenizer
+        self._encode_chat = encode_chat or chat_encoder(tokenizer, None)
+        self._turn_end_ids = turn_end_ids(tokenizer)
         self._limits = limits
         self._routers = routers
         self._tokens = tokens
@@ -69,7 +74,7 @@ class Generator:
             case TextPrompt():
                 return self._tokenizer.encode_prompt(prompt.text)
             case ChatPrompt():
-                return encode_chat(self._tokenizer, prompt.messages)
+                return self._encode_chat(prompt.messages)
             case _:
                 return prompt.token_ids
 
@@ -95,6 +100,7 @@ class Generator:
 
     def _accept(self, call: GenerateCall) -> Accepted:
         check_call(call, self._limits)
+        call = self._with_turn_ends(call)
         if call.stop and not self._tokenizer.has_text:
             raise ValueError("stop must be empty for a model without a tokenizer.json: use stop_token_ids")
         prompt_ids = self.encode(call.prompt)
@@ -111,6 +117,13 @@ class Generator:
             prompt_ids=prompt_ids,
             journals=[ChoiceJournal(plan, self._choice_text(call, plan, stop_strings)) for plan in plans],
         )
+
+    def _with_turn_ends(self, call: GenerateCall) -> GenerateCall:
+        """A chat's answer ends with either of them, though a checkpoint's configuration may know of one alone."""
+        if not isinstance(call.prompt, ChatPrompt) or call.sampling.get("ignore_eos"):
+            return call
+        stop_token_ids = (*call.sampling.get("stop_token_ids", ()), *self._turn_end_ids)
+        return replace(call, sampling={**call.sampling, "stop_token_ids": stop_token_ids})
 
     def _choice_text(self, call: GenerateCall, plan: ChoicePlan, stop_strings: StopStrings | None) -> ChoiceText:
         stop = None
