@@ -64,6 +64,8 @@ def piece_of(response: generation_pb2.GenerateResponse) -> Piece:
 
 
 def _sampling_params(sampling: Sampling) -> generation_pb2.SamplingParams:
+    if isinstance(sampling.stop, str):
+        raise TypeError(f"stop must be a tuple of strings, not the string {sampling.stop!r}")
     values = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
     return generation_pb2.SamplingParams(**{name: value for name, value in values.items() if value is not None})
 

@@ -27,7 +27,7 @@ class Received:
 
     def accept(self, response: generation_pb2.GenerateResponse, piece: Piece) -> bool:
         """Notes a response and the piece it holds. True if it brought the stream forward."""
-        if not self.has_begun:
+        if response.request_id:
             self.request_id = response.request_id
             self.seed = response.seed
             self.has_begun = True

@@ -37,6 +37,8 @@ class Sampling:
     ignore_eos: bool | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    stop: tuple[str, ...] | None = None
+    include_stop_str_in_output: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,10 @@ class ServiceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     model: str = Field(min_length=1, description="Checkpoint folder, or the id of a model on the Hugging Face hub.")
+    chat_template: str | None = Field(
+        None, min_length=1, description="Jinja file that renders chats, at the same path on every node. Default: Llama "
+        "4's own format, not the checkpoint's template.",
+    )  # fmt: skip
     app_name: str = Field("arriero", description="Name of the Serve application; two names can share a cluster.")
 
     shards: int = Field(2, ge=0, description="Expert shard processes. 0: the experts live in each router process.")

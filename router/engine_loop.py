@@ -17,6 +17,7 @@ from router.messages import (
     Finished,
     FinishReason,
     GenerateRequest,
+    RequestAttempt,
     SequenceOutput,
     Shutdown,
     Start,
@@ -80,13 +81,15 @@ class EngineLoop:
         self._links = links
         self._heartbeat = heartbeat
         self._open: dict[str, OpenRequest] = {}
+        self._begun: defaultdict[str, list[RequestAttempt]] = defaultdict(list)
 
     def run(self) -> None:
         """Until Shutdown: then open requests are aborted and reported. Raises what a step raises."""
         while self._take_messages():
+            self._tell_begun()
             if self._engine.has_work:
                 self._step()
-            self._abort_unreachable()
+            self._hear_gateways()
         for request_id in tuple(self._open):
             self._abort(request_id)
         self._links.close(_FAREWELL_S)
@@ -120,10 +123,8 @@ class EngineLoop:
         match message:
             case Add(request=request):
                 self._add(request)
-            case Abort(request_id=request_id, attempt=attempt):
-                opened = self._open.get(request_id)
-                if opened is not None and opened.attempt == attempt:
-                    self._abort(request_id)
+            case Abort():
+                self._abort_attempt(message)
             case Start() | Shutdown():
                 raise AssertionError(f"{type(message).__name__} is no message for a running engine")
 
@@ -141,6 +142,8 @@ class EngineLoop:
             self._refuse(request, str(error))
             return
         self._open[request.request_id] = OpenRequest(attempt=request.attempt, return_address=request.return_address)
+        begun = RequestAttempt(request_id=request.request_id, attempt=request.attempt)
+        self._begun[request.return_address].append(begun)
 
     def _refuse(self, request: GenerateRequest, error: str) -> None:
         self._send(
@@ -152,6 +155,12 @@ class EngineLoop:
                 error_code=ErrorCode.INVALID_ARGUMENT,
             )
         )
+
+    def _tell_begun(self) -> None:
+        """A gateway that has given a request up meanwhile shall not have to wait for its first token to say so."""
+        for address, begun in self._begun.items():
+            self._links.tell_begun(address, begun)
+        self._begun.clear()
 
     def _step(self) -> None:
         self._heartbeat.step_begins()
@@ -213,9 +222,20 @@ class EngineLoop:
             )
         )
 
-    def _abort_unreachable(self) -> None:
-        """Requests whose gateway is gone, does not read or could not be reached: nobody would hear the answer."""
+    def _abort_attempt(self, abort: Abort, gateway: str | None = None) -> None:
+        """gateway: the address of the one that asks for it; each can end its own requests alone."""
+        opened = self._open.get(abort.request_id)
+        if opened is None or opened.attempt != abort.attempt:
+            return
+        if gateway is None or gateway == opened.return_address:
+            self._abort(abort.request_id)
+
+    def _hear_gateways(self) -> None:
+        """Ends what they want no more, and requests whose gateway is gone, does not read or could not be reached: who
+        should hear the answer?"""
         lost = self._links.poll()
+        for address, abort in self._links.take_aborts():
+            self._abort_attempt(abort, address)
         if not lost:
             return
         for request_id, opened in tuple(self._open.items()):

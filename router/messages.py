@@ -3,7 +3,8 @@
 Three conversations use them:
 - replica -> engine process, over the pipe the process is born with: Start, Add, Abort, Shutdown;
 - engine process -> replica, over the same pipe: Ready or Failed, then Finished and Heartbeat;
-- engine process -> gateway, over one TCP connection per gateway: one TokenBatch per step.
+- engine process -> gateway, over one TCP connection per gateway: TokenBatches, mostly one per step;
+- gateway -> engine process, over the same connection: Aborts.
 Decoding validates every field's type; a message that does not fit raises msgspec.ValidationError.
 """
 
@@ -111,11 +112,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     expert_load: list[tuple[int, int, int]]
 
 
+class RequestAttempt(msgspec.Struct, frozen=True, kw_only=True):
+    """Which submission of which request."""
+
+    request_id: str
+    attempt: int
+
+
 class TokenBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """The outputs of one step for one gateway."""
+    """What there is for one gateway: the outputs of one step, or requests that the engine has just taken (begun). A
+    gateway answers with an Abort where it does not know, or know any more, of a request."""
 
     router_id: str
-    outputs: list[SequenceOutput]
+    outputs: list[SequenceOutput] = []
+    begun: list[RequestAttempt] = []
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,6 +167,8 @@ class Add(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Nobody waits for this attempt any more. Of one that is not open it means nothing."""
+
     request_id: str
     attempt: int
 
@@ -222,6 +234,10 @@ def decode_request(data: bytes) -> GenerateRequest:
 
 def decode_finished(data: bytes) -> Finished:
     return msgspec.msgpack.decode(data, type=Finished)
+
+
+def decode_abort(data: bytes) -> Abort:
+    return msgspec.msgpack.decode(data, type=Abort)
 
 
 def decode_token_batch(data: bytes) -> TokenBatch:

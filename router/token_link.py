@@ -11,9 +11,13 @@ from dataclasses import dataclass
 
 from experts.opening import CHALLENGE_BYTES
 from experts.transport.exact_read import read_exactly
-from router.token_opening import LENGTH, MAX_BATCH_BYTES, WELCOME_BYTES, check_welcome, make_answer
+from router.abort_reader import AbortReader
+from router.messages import Abort
+from router.token_opening import MAX_BATCH_BYTES, WELCOME_BYTES, check_welcome, frame, make_answer
 
 _FLUSH_POLL_S = 0.005
+# Of aborts, read in one turn: hundreds.
+_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,7 @@ class TokenLink:
         self._limits = limits
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
+        self._aborts = AbortReader()
         self._last_progress = time.monotonic()
         # Filled by the opening thread, one or the other, as the last thing it does.
         self._socket: socket.socket | None = None
@@ -64,19 +69,21 @@ class TokenLink:
             return
         if not self._backlog:
             self._last_progress = time.monotonic()
-        message = LENGTH.pack(len(batch)) + batch
+        message = frame(batch)
         self._backlog.append(memoryview(message))
         self._backlog_bytes += len(message)
-        self.poll()
+        self._flush()
 
-    def poll(self) -> None:
-        """Sends what the socket takes now; notices a gateway that is gone or has stopped reading."""
-        if self.lost is not None:
-            return
-        if self._opening_error is not None:
+    def poll(self) -> list[Abort]:
+        """Sends what the socket takes now and returns what the gateway says; notices one that is gone, has stopped
+        reading or says what it should not."""
+        if self.lost is None and self._opening_error is not None:
             self._lose(self._opening_error)
-        elif self._socket is not None:
-            self._advance(self._socket)
+        self._flush()
+        aborts = self._hear()
+        if self._backlog and time.monotonic() - self._last_progress > self._limits.stall_timeout_s:
+            self._lose(f"has read nothing for {self._limits.stall_timeout_s} s")
+        return aborts
 
     def close(self, timeout_s: float) -> None:
         """Hangs up once all is sent, at the latest after timeout_s. Idempotent."""
@@ -87,19 +94,34 @@ class TokenLink:
         if self.lost is None:
             self._lose("closed")
 
-    def _advance(self, sock: socket.socket) -> None:
-        try:
-            self._flush(sock)
-            gone = _is_readable(sock)
-        except OSError as error:
-            self._lose(f"sending failed: {error}")
-            return
-        if gone:
-            self._lose("hung up")
-        elif self._backlog and time.monotonic() - self._last_progress > self._limits.stall_timeout_s:
-            self._lose(f"has read nothing for {self._limits.stall_timeout_s} s")
+    def _flush(self) -> None:
+        """Sends what the socket takes now."""
+        if self.lost is None and self._socket is not None:
+            try:
+                self._send_backlog(self._socket)
+            except OSError as error:
+                self._lose(f"sending failed: {error}")
 
-    def _flush(self, sock: socket.socket) -> None:
+    def _hear(self) -> list[Abort]:
+        """What has come from the gateway since the last time."""
+        if self.lost is not None or self._socket is None:
+            return []
+        try:
+            data = self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            self._lose(f"receiving failed: {error}")
+            return []
+        if not data:
+            self._lose("hung up")
+        try:
+            return self._aborts.feed(data)
+        except ValueError as error:
+            self._lose(f"says what is no abort: {error}")
+            return []
+
+    def _send_backlog(self, sock: socket.socket) -> None:
         while self._backlog:
             first = self._backlog[0]
             try:
@@ -156,12 +178,3 @@ def _split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"return_address must be host:port, not {address!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _is_readable(sock: socket.socket) -> bool:
-    """A gateway never speaks after its welcome, so anything to read is its end. Raises OSError."""
-    try:
-        sock.recv(1)
-    except BlockingIOError:
-        return False
-    return True

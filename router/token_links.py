@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from router.messages import SequenceOutput, TokenBatch, encode
+from router.messages import Abort, RequestAttempt, SequenceOutput, TokenBatch, encode
 from router.token_link import LinkLimits, TokenLink
 from router.token_opening import MAX_BATCH_BYTES
 
@@ -25,6 +25,7 @@ class TokenLinks:
         self._limits = limits or LinkLimits()
         self._max_batch_bytes = max_batch_bytes
         self._links: dict[str, TokenLink] = {}
+        self._aborts: list[tuple[str, Abort]] = []
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -41,6 +42,10 @@ class TokenLinks:
                 address, router_id=self._router_id, secret=self._secret, limits=self._limits
             )
 
+    def tell_begun(self, address: str, begun: list[RequestAttempt]) -> None:
+        """Requests that the engine has taken, to the gateway that has sent them; never waits."""
+        self._links[address].send(encode(TokenBatch(router_id=self._router_id, begun=begun)))
+
     def send(self, address: str, outputs: list[SequenceOutput]) -> list[SequenceOutput]:
         """One batch to one gateway that has been opened; never waits. A lost gateway is told by ``poll``.
 
@@ -56,12 +61,17 @@ class TokenLinks:
         return self.send(address, outputs[:middle]) + self.send(address, outputs[middle:])
 
     def poll(self) -> dict[str, str]:
-        """Moves what can be moved. Forgets lost links and returns their addresses, each with the reason."""
-        for link in self._links.values():
-            link.poll()
+        """Moves what can be moved, both ways. Forgets lost links and returns their addresses, each with the reason."""
+        for address, link in self._links.items():
+            self._aborts += [(address, abort) for abort in link.poll()]
         lost = {address: link.lost for address, link in self._links.items() if link.lost is not None}
         self._forget(lost)
         return lost
+
+    def take_aborts(self) -> list[tuple[str, Abort]]:
+        """What gateways have said since the last time, each with its gateway's address."""
+        aborts, self._aborts = self._aborts, []
+        return aborts
 
     def close(self, timeout_s: float) -> None:
         """Hangs up on all gateways, each once it has its tokens, or after timeout_s. Idempotent."""

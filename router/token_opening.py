@@ -1,9 +1,10 @@
-"""The token path's first words and its framing, for both its ends: engine process -> gateway.
+"""The token path's first words and its framing, for both its ends.
 
     gateway -> engine   challenge   version, nonce
     engine -> gateway   answer      version, nonce, the gateway's address, the router's id, HMAC over all so far
     gateway -> engine   welcome     HMAC over all so far
     engine -> gateway   batches     little-endian length (4 bytes), TokenBatch as MessagePack; until either hangs up
+    gateway -> engine   aborts      the same with an Abort, meanwhile
 
 The opening is that of a lane (experts/opening.py), with the gateway in the shard's place.
 """
@@ -21,7 +22,13 @@ from experts.opening import make_challenge as make_lane_challenge
 LENGTH = struct.Struct("<I")
 # The largest encoded TokenBatch: what a gateway allocates for a router that has proved itself.
 MAX_BATCH_BYTES = 64 << 20
+# The largest encoded Abort. A request_id is the client's 256 characters, and a little of ours.
+MAX_ABORT_BYTES = 4096
 WELCOME_BYTES = 32
+
+
+def frame(message: bytes) -> bytes:
+    return LENGTH.pack(len(message)) + message
 
 
 def make_challenge() -> bytes:

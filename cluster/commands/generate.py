@@ -16,7 +16,8 @@ from cluster.config import ServiceConfig
 from cluster.engine_settings import engine_settings
 from cluster.flags import add_config_flags, config_from_flags, flag
 from cluster.front.admission import MAX_DEFAULT_TOKENS
-from cluster.front.chat import ChatMessage, encode_chat
+from cluster.front.chat import ChatMessage, turn_end_ids
+from cluster.front.chat_encoder import chat_encoder
 from cluster.front.tokenizer import Tokenizer
 from cluster.launch.preflight import check_model
 from cluster.progress_bar import progress_bars
@@ -28,6 +29,7 @@ from router.sampling_params import MAX_SEED, SamplingParams
 # Of ServiceConfig, what concerns one engine.
 ENGINE_FLAGS = (
     "model",
+    "chat_template",
     "dtype",
     "device",
     "max_model_len",
@@ -88,7 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder = resolve_model(config.model)
     resolved = resolve(config, read_model_config(folder), len(os.sched_getaffinity(0)))
     tokenizer = Tokenizer(folder)
-    prompt_ids = _prompt_ids(arguments, tokenizer)
+    prompt_ids = _prompt_ids(arguments, tokenizer, resolved)
+    if arguments.chat is not None and not params.ignore_eos:
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, *turn_end_ids(tokenizer)))
     assert resolved.max_model_len is not None, "resolved"
     room = resolved.max_model_len - len(prompt_ids)
     if room < 1:
@@ -114,11 +118,11 @@ def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _prompt_ids(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+def _prompt_ids(arguments: argparse.Namespace, tokenizer: Tokenizer, config: ServiceConfig) -> list[int]:
     if arguments.prompt_ids is not None:
         return list(arguments.prompt_ids)
     if arguments.chat is not None:
-        return encode_chat(tokenizer, [ChatMessage.of_text("user", arguments.chat)])
+        return chat_encoder(tokenizer, config.chat_template)([ChatMessage.of_text("user", arguments.chat)])
     return tokenizer.encode_prompt(arguments.prompt)
 
 

@@ -15,6 +15,8 @@ MAX_DEFAULT_TOKENS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_NAME_LENGTH = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ def check_call(call: GenerateCall, limits: ServiceLimits) -> None:
         if len(value) > MAX_NAME_LENGTH or not value.isprintable():
             raise ValueError(f"{name} must be at most {MAX_NAME_LENGTH} printable characters, not {value[:80]!r}")
     _check_sampling(call.sampling, limits)
+    _check_stop(call.stop)
     for index, choice in call.resumed.items():
         if not 0 <= index < call.n:
             raise ValueError(f"resume_token_ids.choice_index must be in [0, {call.n - 1}], not {index}")
@@ -101,6 +104,13 @@ def _check_sampling(sampling: Mapping[str, Any], limits: ServiceLimits) -> None:
     _check_count("logit_bias", sampling.get("logit_bias", {}), MAX_LOGIT_BIASES)
     _check_ids("stop_token_ids", sampling.get("stop_token_ids", ()), limits)
     _check_ids("logit_bias", tuple(sampling.get("logit_bias", {})), limits)
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    _check_count("stop", stop, MAX_STOP_STRINGS)
+    for index, text in enumerate(stop):
+        if not 0 < len(text) <= MAX_STOP_LENGTH:
+            raise ValueError(f"stop[{index}] must have 1 to {MAX_STOP_LENGTH} characters, not {len(text)}")
 
 
 def _check_logprobs(name: str, value: int | None, limits: ServiceLimits) -> None:

@@ -26,6 +26,7 @@ from cluster.config import ServiceConfig, parse_config
 from cluster.control.controller_link import ControllerLink
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.front.admission import ServiceLimits
+from cluster.front.chat_encoder import chat_encoder
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.generator import Generator, SeedSource
 from cluster.front.grpc_codec import generate_call, generate_response, prompt_of, view_response
@@ -65,8 +66,10 @@ class Gateway:
         model = read_model_config(folder)
         config = resolve(self._config, model, os.cpu_count() or 1)
         assert config.max_model_len is not None
+        tokenizer = Tokenizer(folder)
         return Generator(
-            tokenizer=Tokenizer(folder),
+            tokenizer=tokenizer,
+            encode_chat=chat_encoder(tokenizer, config.chat_template),
             limits=ServiceLimits(
                 max_model_len=config.max_model_len,
                 vocab_size=model.vocab_size,
@@ -103,6 +106,7 @@ class Gateway:
         self, request: generation_pb2.GenerateRequest, grpc_context: Any
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         with _errors_told(grpc_context):
+            yield generation_pb2.GenerateResponse()  # for the proxy: see cluster.front.grpc_services
             call = _understood(generate_call, request)
             async with aclosing(self._generator.generate(call)) as chunks:
                 async for chunk in chunks:

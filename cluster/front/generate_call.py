@@ -42,6 +42,7 @@ class GenerateCall:
     """One Generate call as the client made it. sampling holds the fields it set, under the API's names.
 
     request_id is empty and seed None where the client leaves them to the gateway; resumed is by choice index.
+    stop: texts that end a choice, cut off from its text unless include_stop_str_in_output.
     """
 
     prompt: Prompt
@@ -53,6 +54,8 @@ class GenerateCall:
     resumed: Mapping[int, ResumedChoice] = field(default_factory=dict)
     on_missing_expert: MissingExpertPolicy | None = None
     cache_salt: str = ""
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +69,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """One message to the client. request_id and seed: in the first; usage: in the last. text completes delta's
-    tokens."""
+    """One message to the client. request_id and seed: in the first; usage: in the last."""
 
     delta: Delta
-    text: str = ""
     request_id: str = ""
     seed: int | None = None
     usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """What delta's tokens complete."""
+        return self.delta.text

@@ -7,15 +7,17 @@ import random
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.front.admission import ServiceLimits, check_call, check_prompt, plan_choices
-from cluster.front.chat import encode_chat
-from cluster.front.detokenizer import Detokenizer
+from cluster.front.chat import turn_end_ids
+from cluster.front.chat_encoder import EncodeChat, chat_encoder
+from cluster.front.choice_text import ChoiceText
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, Prompt, TextPrompt, Usage
-from cluster.front.journal import ChoiceJournal, Delta
+from cluster.front.journal import ChoiceJournal, ChoicePlan, Delta
 from cluster.front.relay import Relay, RelayLimits, Routers, TokenPath
+from cluster.front.stop_matcher import StopMatcher, StopStrings
 from cluster.front.tokenizer import Tokenizer
 from router.sampling_params import MAX_SEED
 
@@ -42,7 +44,6 @@ class Accepted:
     seed: int
     prompt_ids: list[int]
     journals: list[ChoiceJournal]
-    texts: list[Detokenizer]
 
 
 class Generator:
@@ -50,13 +51,17 @@ class Generator:
         self,
         *,
         tokenizer: Tokenizer,
+        encode_chat: EncodeChat | None = None,
         limits: ServiceLimits,
         routers: Routers,
         tokens: TokenPath,
         relay_limits: RelayLimits,
         seeds: SeedSource,
     ) -> None:
+        """encode_chat: Llama 4's format unless given."""
         self._tokenizer = tokenizer
+        self._encode_chat = encode_chat or chat_encoder(tokenizer, None)
+        self._turn_end_ids = turn_end_ids(tokenizer)
         self._limits = limits
         self._routers = routers
         self._tokens = tokens
@@ -69,7 +74,7 @@ class Generator:
             case TextPrompt():
                 return self._tokenizer.encode_prompt(prompt.text)
             case ChatPrompt():
-                return encode_chat(self._tokenizer, prompt.messages)
+                return self._encode_chat(prompt.messages)
             case _:
                 return prompt.token_ids
 
@@ -95,6 +100,9 @@ class Generator:
 
     def _accept(self, call: GenerateCall) -> Accepted:
         check_call(call, self._limits)
+        call = self._with_turn_ends(call)
+        if call.stop and not self._tokenizer.has_text:
+            raise ValueError("stop must be empty for a model without a tokenizer.json: use stop_token_ids")
         prompt_ids = self.encode(call.prompt)
         check_prompt(prompt_ids, self._limits)
         request_id = call.request_id or secrets.token_hex(16)
@@ -102,16 +110,26 @@ class Generator:
         # A name of its own: the same request may still be running for a gateway that has died.
         engine_id = f"{request_id}/{secrets.token_hex(4)}"
         plans = plan_choices(call, prompt_ids, seed=seed, engine_id=engine_id, limits=self._limits)
-        texts = [self._tokenizer.detokenizer() for _ in plans]
-        for text, plan in zip(texts, plans, strict=True):
-            text.push(plan.resume_ids)
+        stop_strings = StopStrings(call.stop) if call.stop else None
         return Accepted(
             request_id=request_id,
             seed=seed,
             prompt_ids=prompt_ids,
-            journals=[ChoiceJournal(plan) for plan in plans],
-            texts=texts,
+            journals=[ChoiceJournal(plan, self._choice_text(call, plan, stop_strings)) for plan in plans],
         )
+
+    def _with_turn_ends(self, call: GenerateCall) -> GenerateCall:
+        """A chat's answer ends with either of them, though a checkpoint's configuration may know of one alone."""
+        if not isinstance(call.prompt, ChatPrompt) or call.sampling.get("ignore_eos"):
+            return call
+        stop_token_ids = (*call.sampling.get("stop_token_ids", ()), *self._turn_end_ids)
+        return replace(call, sampling={**call.sampling, "stop_token_ids": stop_token_ids})
+
+    def _choice_text(self, call: GenerateCall, plan: ChoicePlan, stop_strings: StopStrings | None) -> ChoiceText:
+        stop = None
+        if stop_strings is not None:
+            stop = StopMatcher(stop_strings, include=call.include_stop_str_in_output)
+        return ChoiceText(self._tokenizer.detokenizer(), stop=stop, min_tokens=plan.params.min_tokens)
 
     async def _stream(self, accepted: Accepted) -> AsyncGenerator[Chunk]:
         relay = Relay(accepted.journals, routers=self._routers, tokens=self._tokens, limits=self._relay_limits)
@@ -129,13 +147,8 @@ class Generator:
 
 
 def _chunk(accepted: Accepted, delta: Delta, *, is_first: bool, is_last: bool) -> Chunk:
-    detokenizer = accepted.texts[delta.choice_index]
-    text = detokenizer.push(delta.token_ids)
-    if delta.finish_reason is not None:
-        text += detokenizer.finish()
     return Chunk(
         delta=delta,
-        text=text,
         request_id=accepted.request_id if is_first else "",
         seed=accepted.seed if is_first else None,
         usage=_usage(accepted) if is_last else None,

@@ -25,6 +25,8 @@ FINISH_REASONS = {
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORT: generation_pb2.FINISH_REASON_ABORT,
 }
+# Of SamplingParams, what the gateway itself sees to.
+TEXT_FIELDS = frozenset({"stop", "include_stop_str_in_output"})
 POLICIES = {
     generation_pb2.ON_MISSING_EXPERT_FAIL: MissingExpertPolicy.FAIL,
     generation_pb2.ON_MISSING_EXPERT_SHARED_ONLY: MissingExpertPolicy.SHARED_ONLY,
@@ -43,6 +45,8 @@ def generate_call(request: generation_pb2.GenerateRequest) -> GenerateCall:
         resumed=_resumed(request.resume_token_ids),
         on_missing_expert=_policy(request.on_missing_expert),
         cache_salt=request.cache_salt,
+        stop=tuple(request.sampling.stop),
+        include_stop_str_in_output=request.sampling.include_stop_str_in_output,
     )
 
 
@@ -72,8 +76,11 @@ def _content_part(part: generation_pb2.ContentPart) -> ContentPart:
 
 
 def _set_fields(sampling: generation_pb2.SamplingParams) -> dict[str, Any]:
+    """What concerns the sampler."""
     fields: dict[str, Any] = {}
     for descriptor, value in sampling.ListFields():
+        if descriptor.name in TEXT_FIELDS:
+            continue
         if descriptor.name == "logit_bias":
             fields["logit_bias"] = dict(value)
         elif descriptor.name == "stop_token_ids":

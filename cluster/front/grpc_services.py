@@ -3,7 +3,8 @@
 Serve's proxy (2.60) tells a replica that a client has gone only while it waits for the replica's next message. A
 client that goes while a message is being sent to it is forgotten, and the replica generates to the end for nobody.
 So here a task of its own always waits for the next message, and ends with the call however that ends. It may also lose
-a cancellation that comes while the call is on its way to the replica, so that a call is left to arrive first.
+a cancellation that comes while the call is on its way to the replica. So a call is left to arrive first: the gateway
+says that it has by a first message that is empty, and meant for us alone.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from cluster.v1 import admin_pb2_grpc, generation_pb2_grpc
 
 Handler = Callable[[Any, Any], AsyncIterator[bytes]]
 
-# How long a call may be on its way to a replica.
-ARRIVAL_S = 2.0
+# How long a call may be on its way to a replica before it is cancelled at any risk.
+ARRIVAL_S = 10.0
 
 
 def add_generation_service(servicer: Any, server: Any) -> None:
@@ -53,16 +54,20 @@ class CallContext:
 
 def attentive(handler: Handler, *, arrival_s: float = ARRIVAL_S) -> Handler:
     """The same stream of messages. When the task that iterates over it ends, whatever it was doing then, the handler
-    is cancelled where it waits for its next message, but not before it is arrival_s old."""
+    is cancelled where it waits for its next message, but not before it has given one or is arrival_s old. A first
+    message that is empty goes no further."""
 
     async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
         messages: asyncio.Queue[bytes | None] = asyncio.Queue()
-        reader = asyncio.create_task(_read(handler(request, CallContext(context)), messages))
-        reader.add_done_callback(lambda _: messages.put_nowait(None))
         call, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert call is not None
-        arrived_s = loop.time() + arrival_s
-        call.add_done_callback(lambda _: loop.call_at(arrived_s, reader.cancel))
+        # Done when the call has arrived, or is not expected to arrive any more.
+        arrival = loop.create_future()
+        timer = loop.call_later(arrival_s, arrival.cancel)
+        arrival.add_done_callback(lambda _: timer.cancel())
+        reader = asyncio.create_task(_read(handler(request, CallContext(context)), messages, arrival))
+        reader.add_done_callback(lambda _: messages.put_nowait(None))
+        call.add_done_callback(lambda _: arrival.add_done_callback(lambda _: reader.cancel()))
         while (message := await messages.get()) is not None:
             yield message
         await reader
@@ -70,7 +75,14 @@ def attentive(handler: Handler, *, arrival_s: float = ARRIVAL_S) -> Handler:
     return stream
 
 
-async def _read(stream: AsyncIterator[bytes], messages: asyncio.Queue[bytes | None]) -> None:
+async def _read(
+    stream: AsyncIterator[bytes], messages: asyncio.Queue[bytes | None], arrival: asyncio.Future[None]
+) -> None:
     """Never waits for the client: messages wait here that would otherwise wait on their way here."""
+    is_first = True
     async for message in stream:
-        messages.put_nowait(message)
+        if not arrival.done():
+            arrival.set_result(None)
+        if message or not is_first:
+            messages.put_nowait(message)
+        is_first = False

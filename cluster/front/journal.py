@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from cluster.front.choice_text import ChoiceText
 from router.messages import FinishReason, GenerateRequest, MissingExpertPolicy, SequenceOutput, TokenLogprobs
 from router.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """News of one choice, since its previous Delta. prompt_logprobs are whole or absent."""
+    """News of one choice, since its previous Delta. text is what the tokens complete; prompt_logprobs are whole or
+    absent."""
 
     choice_index: int
     token_ids: tuple[int, ...] = ()
+    text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
@@ -33,6 +36,7 @@ class Delta:
         return Delta(
             choice_index=self.choice_index,
             token_ids=self.token_ids + later.token_ids,
+            text=self.text + later.text,
             logprobs=self.logprobs + later.logprobs,
             prompt_logprobs=self.prompt_logprobs + later.prompt_logprobs,
             finish_reason=later.finish_reason,
@@ -57,15 +61,20 @@ class ChoicePlan:
 
 
 class ChoiceJournal:
-    """One choice: what was asked, what has come, and the attempt that may still bring more."""
+    """One choice: what was asked, what has come, and the attempt that may still bring more. It alone decides that the
+    choice has ended: by the router's word, or because its text has come to a stop string, of which routers know
+    nothing."""
 
-    def __init__(self, plan: ChoicePlan) -> None:
+    def __init__(self, plan: ChoicePlan, text: ChoiceText) -> None:
+        """text: new; it is given the tokens that the client already holds."""
         self._plan = plan
+        self._text = text
         self._token_ids = list(plan.resume_ids)
+        self._has_untold_end = text.push(plan.resume_ids).is_stopped and not plan.already_finished
         self._attempt = -1
         self._prompt_logprobs_sent = bool(plan.resume_ids)
         self._degraded = False
-        self._is_finished = plan.already_finished
+        self._is_finished = plan.already_finished or self._has_untold_end
         self.num_cached_tokens = 0
 
     @property
@@ -89,6 +98,11 @@ class ChoiceJournal:
     def is_finished(self) -> bool:
         return self._is_finished
 
+    def take_untold_end(self) -> Delta | None:
+        """The end of a choice that the client's own tokens bring to a stop string. Once."""
+        is_untold, self._has_untold_end = self._has_untold_end, False
+        return Delta(choice_index=self.choice_index, finish_reason=FinishReason.STOP) if is_untold else None
+
     def submit(self, return_address: str) -> GenerateRequest:
         """The next attempt, with everything that has come so far."""
         self._attempt += 1
@@ -111,17 +125,21 @@ class ChoiceJournal:
         if output.attempt != self._attempt or self.is_finished:
             return None
         prompt_logprobs = self._take_prompt_logprobs(output)
-        self._token_ids.extend(output.token_ids)
+        read = self._text.push(output.token_ids, is_last=output.finish_reason is not None)
+        token_ids = output.token_ids[: read.num_tokens]
+        finish_reason = FinishReason.STOP if read.is_stopped else output.finish_reason
+        self._token_ids.extend(token_ids)
         self._degraded |= output.degraded
         if self._attempt == 0:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        self._is_finished = output.finish_reason is not None
+        self._is_finished = finish_reason is not None
         return Delta(
             choice_index=self.choice_index,
-            token_ids=tuple(output.token_ids),
-            logprobs=tuple(output.logprobs or ()),
+            token_ids=tuple(token_ids),
+            text=read.text,
+            logprobs=tuple(output.logprobs or ())[: read.num_tokens],
             prompt_logprobs=prompt_logprobs,
-            finish_reason=output.finish_reason,
+            finish_reason=finish_reason,
             degraded=self._degraded,
         )
 

@@ -90,6 +90,9 @@ class ChoiceRun:
 
     async def run(self) -> None:
         """Raises ServiceError when the choice cannot be brought to its end."""
+        end = self.journal.take_untold_end()
+        if end is not None:
+            self._outbox.put(end)
         deadline: float | None = None
         retry_s = FIRST_RETRY_S
         while not self.journal.is_finished:
@@ -125,7 +128,8 @@ class ChoiceRun:
                 call.cancel()
                 await asyncio.wait([call])
                 raise
-        # The call returns about now; nobody needs to wait for that.
+        # The call returns about now, nobody needs to wait for that. After a stop string it does so because closing the
+        # stream has told the router.
         asyncio.get_running_loop().call_later(LAST_TOKENS_TIMEOUT_S, call.cancel)
 
     async def _follow(self, stream: TokenStream, call: asyncio.Task[CallEnd]) -> None:
@@ -133,6 +137,8 @@ class ChoiceRun:
         try:
             async for output in stream:
                 self._accept(output)
+                if self.journal.is_finished:
+                    return
         except StreamBrokenError as error:
             if call.done():
                 _check_end(call.result())

@@ -18,16 +18,12 @@ logger = logging.getLogger("arriero.gateway")
 
 # How many looks at the routers fit into the time for which there may be none.
 NUM_LOOKS = 4
-# How long a call may be on its way to a replica.
-ARRIVAL_S = 2.0
 
 
 class ServeRouters:
     """See cluster.front.relay.Routers."""
 
-    def __init__(
-        self, handle: Any, *, num_ready: Callable[[], int], absence_timeout_s: float, arrival_s: float = ARRIVAL_S
-    ) -> None:
+    def __init__(self, handle: Any, *, num_ready: Callable[[], int], absence_timeout_s: float) -> None:
         """handle: Serve's, of the router deployment. num_ready: how many routers there are.
 
         A handle keeps calls for as long as there is no replica to take them; we only absence_timeout_s.
@@ -35,7 +31,6 @@ class ServeRouters:
         self._handle = handle
         self._num_ready = num_ready
         self._absence_timeout_s = absence_timeout_s
-        self._arrival_s = arrival_s
 
     async def generate(self, request: GenerateRequest) -> CallEnd:
         call = asyncio.create_task(self._call(request))
@@ -52,12 +47,12 @@ class ServeRouters:
 
     async def _call(self, request: GenerateRequest) -> CallEnd:
         response = self._handle.generate.remote(encode(request))
-        answer = asyncio.ensure_future(response)
-        arrived_s = asyncio.get_running_loop().time() + self._arrival_s
         try:
-            end = decode_finished(await asyncio.shield(answer))
+            end = decode_finished(await response)
         except asyncio.CancelledError:
-            await _cancel(response, answer, arrived_s)
+            # Serve (2.60) may lose this while the call is on its way to a replica. The router then hears that nobody
+            # wants the request when it says that it has it: see TokenListener.
+            response.cancel()
             raise
         except BackPressureError as error:
             raise QueueFullError(error.message) from None
@@ -66,13 +61,3 @@ class ServeRouters:
             logger.warning("%s: lost its router: %s", request.request_id, error)
             raise RouterLostError(f"the router is lost: {type(error).__name__}") from None
         return CallEnd(finish_reason=end.finish_reason, error=end.error, error_code=end.error_code)
-
-
-async def _cancel(response: Any, answer: asyncio.Future[bytes], arrived_s: float) -> None:
-    """Serve (2.60) may lose a cancellation that comes while the call is on its way to a replica, which then works for
-    nobody: so the call is left to arrive first, until arrived_s by the loop's clock."""
-    try:
-        await asyncio.wait([answer], timeout=max(0.0, arrived_s - asyncio.get_running_loop().time()))
-    finally:
-        response.cancel()
-        answer.cancel()

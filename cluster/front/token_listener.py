@@ -1,4 +1,5 @@
-"""The gateway's end of the token path: routers connect here and send one TokenBatch per step.
+"""The gateway's end of the token path: routers connect here and send one TokenBatch per step. What comes for nobody is
+answered with an abort: however a cancellation was lost on its way, a router that goes on for nobody hears of it.
 
 Only a router that knows the cluster secret gets past the opening (router/token_opening.py), and only then is
 anything of a size it names allocated, up to a limit. Everything runs in one event loop.
@@ -12,6 +13,7 @@ from contextlib import suppress
 
 import msgspec
 
+from cluster.front.router_connection import RouterConnection
 from cluster.front.token_stream import TokenStream
 from experts.opening import ANSWER_BYTES, OpeningError
 from router.messages import TokenBatch, decode_token_batch
@@ -93,19 +95,22 @@ class TokenListener:
         assert task is not None
         self._connections[writer] = task
         router_id = "a router"
+        connection = None
         try:
             async with asyncio.timeout(self._opening_timeout_s):
                 router_id = await self._admit(reader, writer)
+            connection = RouterConnection(router_id, writer)
             while True:
-                self._deliver(await self._read_batch(reader), writer)
-        except (OpeningError, msgspec.ValidationError, TimeoutError) as error:
+                self._deliver(await self._read_batch(reader), connection)
+        except (OpeningError, msgspec.DecodeError, TimeoutError) as error:
             self.num_refused += 1
             logger.warning("token connection of %s refused: %s", router_id, error or "it did not open in time")
         except (asyncio.IncompleteReadError, OSError):
             logger.info("token connection of %s has ended", router_id)
         finally:
             del self._connections[writer]
-            self._break(writer, f"the token connection of {router_id} was lost")
+            if connection is not None:
+                self._break(connection)
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
@@ -125,16 +130,24 @@ class TokenListener:
             raise msgspec.ValidationError(f"a batch of {num_bytes} bytes, the limit is {self._max_batch_bytes}")
         return decode_token_batch(await reader.readexactly(num_bytes))
 
-    def _deliver(self, batch: TokenBatch, connection: asyncio.StreamWriter) -> None:
+    def _deliver(self, batch: TokenBatch, connection: RouterConnection) -> None:
+        for begun in batch.begun:
+            stream = self._streams.get((begun.request_id, begun.attempt))
+            if stream is None:
+                connection.abort(begun.request_id, begun.attempt)
+            else:
+                stream.feeder = connection
         for output in batch.outputs:
             stream = self._streams.get((output.request_id, output.attempt))
-            if stream is None:
-                self.num_late_outputs += 1
-            else:
+            if stream is not None:
                 stream.put(output, connection)
+                continue
+            self.num_late_outputs += 1
+            if output.finish_reason is None:
+                connection.abort(output.request_id, output.attempt)
 
-    def _break(self, connection: asyncio.StreamWriter, reason: str) -> None:
-        """Tells the streams that this connection has fed; others may still hear of their router elsewhere."""
+    def _break(self, connection: RouterConnection) -> None:
+        """Tells the streams that this connection feeds; others may still hear of their router elsewhere."""
         for stream in self._streams.values():
             if stream.feeder is connection:
-                stream.fail(reason)
+                stream.fail(f"the token connection of {connection.router_id} was lost")

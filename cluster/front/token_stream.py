@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Protocol
 
 from router.messages import SequenceOutput, TokenLogprobs
 
 
 class StreamBrokenError(ConnectionError):
     """No more tokens will come from this attempt though it has not ended; another attempt may go on from here."""
+
+
+class Feeder(Protocol):
+    """The connection that outputs come from."""
+
+    def abort(self, request_id: str, attempt: int) -> None: ...
 
 
 class TokenStream:
@@ -29,10 +36,10 @@ class TokenStream:
         self._error: str | None = None
         self._has_finished = False
         self._news = asyncio.Event()
-        # Filled by put: the connection that outputs come from; None before the first.
-        self.feeder: object | None = None
+        # Filled as soon as a router says that it has the request.
+        self.feeder: Feeder | None = None
 
-    def put(self, output: SequenceOutput, feeder: object) -> None:
+    def put(self, output: SequenceOutput, feeder: Feeder) -> None:
         """Called by the listener, in the event loop."""
         self.feeder = feeder
         self._gathered.append(output)
@@ -46,8 +53,10 @@ class TokenStream:
             self._news.set()
 
     def close(self) -> None:
-        """What still comes is dropped. Idempotent."""
+        """What still comes is dropped; a router that has not come to the end is told to stop. Idempotent."""
         self._on_close()
+        if self.feeder is not None and not self._has_finished:
+            self.feeder.abort(self.request_id, self.attempt)
 
     def __enter__(self) -> TokenStream:
         return self

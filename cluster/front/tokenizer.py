@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -28,9 +29,14 @@ class Tokenizer:
             self._tokenizer.encode_special_tokens = True
             added = self._tokenizer.get_added_tokens_decoder()
             self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        named_tokens = self._find_named_tokens()
+        self.bos_token_id = self._find_bos(named_tokens)
+        name_of = {token_id: name for name, token_id in self._special_ids.items()}
+        bos_token = {"bos_token": name_of[self.bos_token_id]} if self.bos_token_id in name_of else {}
+        # Special tokens by the parts they play, as "bos_token".
+        self.named_tokens: Mapping[str, str] = MappingProxyType(named_tokens | bos_token)
         self._ids_without_text = frozenset(self._special_ids.values())
         self._is_byte_level = self._tokenizer is not None and _is_byte_level(self._tokenizer)
-        self.bos_token_id = self._find_bos()
 
     @property
     def has_text(self) -> bool:
@@ -41,6 +47,11 @@ class Tokenizer:
     def num_tokens(self) -> int:
         """Tokens with a text or a name; the model's vocabulary may be larger. 0 without a tokenizer."""
         return 0 if self._tokenizer is None else self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The ids of all special tokens, by name. Empty without a tokenizer."""
+        return MappingProxyType(self._special_ids)
 
     def special_token_id(self, token: str) -> int | None:
         """The id of a special token by its name, None if there is none. Raises ValueError without a tokenizer."""
@@ -89,13 +100,20 @@ class Tokenizer:
             raise ValueError(f"the model in {self._folder} has no tokenizer.json: text is not possible, only token ids")
         return self._tokenizer
 
-    def _find_bos(self) -> int | None:
+    def _find_named_tokens(self) -> dict[str, str]:
+        """Of tokenizer_config.json."""
+        entries = _read_json(self._folder / "tokenizer_config.json").items()
+        tokens = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries}
+        return {
+            name: token
+            for name, token in tokens.items()
+            if name.endswith("_token") and isinstance(token, str) and token in self._special_ids
+        }
+
+    def _find_bos(self, named_tokens: Mapping[str, str]) -> int | None:
         """The id of tokenizer_config.json's bos_token, else config.json's bos_token_id."""
-        token = _read_json(self._folder / "tokenizer_config.json").get("bos_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str) and token in self._special_ids:
-            return self._special_ids[token]
+        if "bos_token" in named_tokens:
+            return self._special_ids[named_tokens["bos_token"]]
         config = _read_json(self._folder / "config.json")
         text_config = config.get("text_config")
         token_id = text_config.get("bos_token_id") if isinstance(text_config, dict) else None

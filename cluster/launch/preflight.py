@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cluster.config import ServiceConfig
 from cluster.engine_settings import engine_settings
+from cluster.front.chat_encoder import chat_encoder
 from cluster.front.tokenizer import Tokenizer
 from cluster.service_model import read_model_config, resolve
 from router.config import ModelConfig
@@ -21,10 +22,10 @@ IP_VERSION_MISSING = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
 def check_model(config: ServiceConfig, *, runs_here: bool = True) -> ServiceConfig:
-    """Returns the configuration with an absolute path for a local folder. Downloads a model of the hub.
+    """Returns the configuration with absolute paths for local files. Downloads a model of the hub.
 
-    Reads the checkpoint's configuration, tokenizer and headers, none of the weights. runs_here: the routers will
-    be on this machine, so that its memory and devices count.
+    Reads the chat template and the checkpoint's configuration, tokenizer and headers, none of the weights. runs_here:
+    the routers will be on this machine, so that its memory and devices count.
     """
     # Loads torch (the checkpoint knows its dtypes); a wrong flag should be told before that.
     from experts.hub import resolve_model
@@ -32,12 +33,20 @@ def check_model(config: ServiceConfig, *, runs_here: bool = True) -> ServiceConf
     folder = resolve_model(config.model)
     model = read_model_config(folder)
     resolved = resolve(config, model, os.cpu_count() or 1)
-    Tokenizer(folder)
+    chat_encoder(Tokenizer(folder), config.chat_template)
     _check_tensors(folder, model)
     if runs_here:
         _check_device(config.device)
         _check_kv_cache(resolved, model)
-    return config.model_copy(update={"model": str(folder.absolute())}) if Path(config.model).is_dir() else config
+    return config.model_copy(update=_absolute_paths(config, folder))
+
+
+def _absolute_paths(config: ServiceConfig, folder: Path) -> dict[str, str]:
+    """Other processes may work in other folders."""
+    paths = {"model": str(folder.absolute())} if Path(config.model).is_dir() else {}
+    if config.chat_template is not None:
+        paths["chat_template"] = str(Path(config.chat_template).absolute())
+    return paths
 
 
 def _check_tensors(folder: Path, model: ModelConfig) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster.front.token_listener import TokenListener
 from router.engine_client import EngineClient
-from router.messages import EngineSettings, GenerateRequest, Start
+from router.messages import EngineSettings, Finished, GenerateRequest, Start
 from router.sampling_params import SamplingParams
 
 SECRET = b"the secret of the tests"
@@ -61,6 +61,15 @@ def request(
         params=SamplingParams(max_tokens=max_tokens),
         return_address=address,
     )
+
+
+async def answer(engine: EngineClient, listener: TokenListener, asked: GenerateRequest) -> Finished:
+    """How a request ends whose tokens are waited for."""
+    with listener.open(asked.request_id, asked.attempt) as stream:
+        call = asyncio.create_task(engine.generate(asked))
+        async for _output in stream:
+            pass
+        return await call
 
 
 def has_gone(pid: int) -> bool:

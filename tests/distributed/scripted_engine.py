@@ -15,6 +15,8 @@ from router.process import enter, serve
 FAILING_STEP = 666
 HANGING_STEP = 777
 REFUSED = 888
+# Has no token for as long as anybody waits: a prompt that takes long.
+SILENT = 999
 NUM_BLOCKS = 64
 STEP_S = 0.001
 
@@ -43,7 +45,7 @@ class CountingEngine:
     def step(self) -> list[SequenceOutput]:
         self._num_steps += 1
         time.sleep(STEP_S)
-        return [self._advance(request) for request in tuple(self._open.values())]
+        return [self._advance(request) for request in tuple(self._open.values()) if request.prompt_ids[0] != SILENT]
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -215,7 +215,15 @@ def test_closing_a_stream_from_another_thread_ends_it_there_and_here(client: Arr
 
 def test_every_field_reaches_the_service(client: ArrieroClient, script: Script) -> None:
     asked = Sampling(
-        temperature=0.0, top_p=0.5, top_k=0, logit_bias={5: -1.5}, stop_token_ids=(7, 8), max_tokens=1, ignore_eos=False
+        temperature=0.0,
+        top_p=0.5,
+        top_k=0,
+        logit_bias={5: -1.5},
+        stop_token_ids=(7, 8),
+        max_tokens=1,
+        ignore_eos=False,
+        stop=("User:", "\n"),
+        include_stop_str_in_output=False,
     )
     picture = ChatMessage(role="user", content=(TextPart(text="and this?"), ImagePart(data=b"\x89PNG")))
     messages = [ChatMessage.of_text("system", "Be brief."), picture]
@@ -227,7 +235,15 @@ def test_every_field_reaches_the_service(client: ArrieroClient, script: Script) 
     assert not request.sampling.HasField("min_p")
     assert dict(request.sampling.logit_bias) == {5: -1.5}
     assert list(request.sampling.stop_token_ids) == [7, 8]
+    assert list(request.sampling.stop) == ["User:", "\n"]
+    assert request.sampling.HasField("include_stop_str_in_output")
     assert (request.on_missing_expert, request.cache_salt) == (3, "tenant")
+
+
+def test_a_stop_string_alone_is_not_taken_for_its_characters(client: ArrieroClient, script: Script) -> None:
+    with pytest.raises(TypeError, match="stop must be a tuple of strings, not the string 'END'"):
+        client.generate("hi", sampling=Sampling(stop="END"))  # type: ignore[arg-type]
+    assert script.requests == []
 
 
 def test_the_application_is_named_to_serve(proxy: CuttableProxy, script: Script) -> None:

@@ -17,6 +17,7 @@ from engine_harness import (
     CLOSE_S,
     READY_S,
     SECRET,
+    answer,
     has_gone,
     listening,
     num_fds,
@@ -27,7 +28,7 @@ from engine_harness import (
     wait_until,
     wait_until_async,
 )
-from scripted_engine import FAILING_STEP, HANGING_STEP, NUM_BLOCKS, REFUSED
+from scripted_engine import FAILING_STEP, HANGING_STEP, NUM_BLOCKS, REFUSED, SILENT
 
 from cluster.front.token_stream import StreamBrokenError
 from router.engine_client import EngineClient, EngineDiedError
@@ -101,7 +102,7 @@ def test_a_request_the_engine_refuses_ends_alone(engine: EngineClient) -> None:
             assert finished.error == f"prompt_ids[0] must not be {REFUSED}"
             unreachable = await engine.generate(request("bad", 1, address="nowhere"))
             assert unreachable.error == "return_address must be host:port, not 'nowhere'"
-            good = await engine.generate(request("good", 1, address=listener.address, max_tokens=1))
+            good = await answer(engine, listener, request("good", 1, address=listener.address, max_tokens=1))
             assert good.finish_reason is FinishReason.LENGTH
 
     asyncio.run(scenario())
@@ -112,11 +113,12 @@ def test_a_failing_step_fails_every_open_call_with_its_reason() -> None:
 
     async def scenario(client: EngineClient) -> None:
         async with listening() as listener:
-            bystander = asyncio.create_task(client.generate(request("a", 1, address=listener.address)))
-            culprit = asyncio.create_task(client.generate(request("b", FAILING_STEP, address=listener.address)))
-            for call in (bystander, culprit):
-                with pytest.raises(EngineDiedError, match="a step failed: RuntimeError: the scripted step failed"):
-                    await call
+            with listener.open("a", 0), listener.open("b", 0):
+                bystander = asyncio.create_task(client.generate(request("a", 1, address=listener.address)))
+                culprit = asyncio.create_task(client.generate(request("b", FAILING_STEP, address=listener.address)))
+                for call in (bystander, culprit):
+                    with pytest.raises(EngineDiedError, match="a step failed: RuntimeError: the scripted step failed"):
+                        await call
 
     with running_engine(on_death=deaths.append) as client:
         asyncio.run(scenario(client))
@@ -187,11 +189,12 @@ def test_cancelling_a_call_gives_its_block_back(engine: EngineClient) -> None:
 def test_requests_of_a_gateway_that_hangs_up_are_aborted_and_others_go_on(engine: EngineClient) -> None:
     async def scenario() -> None:
         async with listening() as staying:
+            staying.open("other", 0)
             other = asyncio.create_task(engine.generate(request("other", 1, address=staying.address)))
             async with listening() as leaving:
-                with leaving.open("a", 0) as stream:
-                    call = asyncio.create_task(engine.generate(request("a", 1, address=leaving.address)))
-                    await anext(stream)
+                stream = leaving.open("a", 0)
+                call = asyncio.create_task(engine.generate(request("a", 1, address=leaving.address)))
+                await anext(stream)
             finished = await asyncio.wait_for(call, 5)
             assert finished.finish_reason is FinishReason.ABORT
             assert finished.error_code is ErrorCode.UNAVAILABLE
@@ -200,6 +203,80 @@ def test_requests_of_a_gateway_that_hangs_up_are_aborted_and_others_go_on(engine
             assert not other.done()
             other.cancel()
             await asyncio.wait([other])
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_that_is_closed_ends_its_request_though_nobody_cancels_the_call(engine: EngineClient) -> None:
+    async def scenario() -> None:
+        async with listening() as listener:
+            with listener.open("a", 0) as stream:
+                call = asyncio.create_task(engine.generate(request("a", 1, address=listener.address)))
+                await anext(stream)
+            finished = await asyncio.wait_for(call, 10)
+            assert (finished.finish_reason, finished.error) == (FinishReason.ABORT, None)
+            await wait_until_async(lambda: _free_blocks(engine) == NUM_BLOCKS)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_request_that_nobody_waits_for_ends_before_its_first_token(engine: EngineClient, has_begun: bool) -> None:
+    """However the cancellation of its call was lost, and whether the engine has the request when its stream closes."""
+
+    async def scenario() -> None:
+        async with listening() as listener:
+            with listener.open("a", 0) as stream:
+                asked = request("a", SILENT, address=listener.address)
+                call = asyncio.create_task(engine.generate(asked))
+                if has_begun:
+                    await wait_until_async(lambda: stream.feeder is not None)
+                else:
+                    await asyncio.sleep(0)
+            assert (await asyncio.wait_for(call, 10)).finish_reason is FinishReason.ABORT
+            assert listener.num_late_outputs == 0
+
+    asyncio.run(scenario())
+
+
+def test_only_the_attempt_that_nobody_waits_for_ends(engine: EngineClient) -> None:
+    async def scenario() -> None:
+        async with listening() as listener:
+            old = listener.open("a", 0)
+            first = asyncio.create_task(engine.generate(request("a", SILENT, address=listener.address)))
+            await wait_until_async(lambda: old.feeder is not None)
+            with listener.open("a", 1) as stream:
+                again = asyncio.create_task(engine.generate(request("a", 1, address=listener.address, attempt=1)))
+                assert (await first).finish_reason is FinishReason.ABORT
+                await anext(stream)
+                old.close()
+                # Its abort has been read when that of another request, sent later, has been.
+                with listener.open("b", 0) as other:
+                    call = asyncio.create_task(engine.generate(request("b", SILENT, address=listener.address)))
+                    await wait_until_async(lambda: other.feeder is not None)
+                await call
+                assert not again.done()
+                await anext(stream)
+            await again
+
+    asyncio.run(scenario())
+
+
+def test_a_gateway_cannot_end_the_requests_of_another(engine: EngineClient) -> None:
+    async def scenario() -> None:
+        async with listening() as owner, listening() as other:
+            with owner.open("a", 0) as stream:
+                call = asyncio.create_task(engine.generate(request("a", 1, address=owner.address)))
+                await anext(stream)
+                with other.open("b", 0) as ours:
+                    bystander = asyncio.create_task(engine.generate(request("b", SILENT, address=other.address)))
+                    await wait_until_async(lambda: ours.feeder is not None)
+                    assert ours.feeder is not None
+                    ours.feeder.abort("a", 0)
+                await bystander
+                await wait_until_async(lambda: _free_blocks(engine) == NUM_BLOCKS - 1)
+                assert not call.done()
+            await call
 
     asyncio.run(scenario())
 
@@ -265,7 +342,7 @@ def test_two_hundred_aborted_requests_leave_nothing_behind(engine: EngineClient)
         async with listening() as listener:
             await abort_many(listener.address, "warm", 10)
             # One that ends by itself, so that the connection to the listener is there when we count.
-            await engine.generate(request("whole", 1, address=listener.address, max_tokens=3))
+            await answer(engine, listener, request("whole", 1, address=listener.address, max_tokens=3))
             before = counts()
             for round_number in range(4):
                 await abort_many(listener.address, f"round{round_number}-", 50)
@@ -284,7 +361,7 @@ def test_ctrl_c_does_not_end_the_engine(engine: EngineClient) -> None:
 
     async def scenario() -> None:
         async with listening() as listener:
-            finished = await engine.generate(request("a", 1, address=listener.address, max_tokens=3))
+            finished = await answer(engine, listener, request("a", 1, address=listener.address, max_tokens=3))
             assert finished.finish_reason is FinishReason.LENGTH
 
     asyncio.run(scenario())
@@ -293,6 +370,7 @@ def test_ctrl_c_does_not_end_the_engine(engine: EngineClient) -> None:
 def test_closing_a_replica_with_open_requests_ends_them_and_the_process(engine: EngineClient) -> None:
     async def scenario() -> None:
         async with listening() as listener:
+            listener.open("a", 0)
             call = asyncio.create_task(engine.generate(request("a", 1, address=listener.address)))
             await asyncio.sleep(0)
             await asyncio.to_thread(engine.close, CLOSE_S)

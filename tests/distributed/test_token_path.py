@@ -13,10 +13,10 @@ from engine_harness import SECRET, listening, wait_until, wait_until_async
 
 from cluster.front.token_stream import StreamBrokenError
 from experts.opening import ANSWER_BYTES
-from router.messages import SequenceOutput
+from router.messages import Abort, FinishReason, RequestAttempt, SequenceOutput, TokenBatch, encode
 from router.token_link import LinkLimits
 from router.token_links import TokenLinks
-from router.token_opening import LENGTH, MAX_BATCH_BYTES, make_challenge, make_welcome
+from router.token_opening import LENGTH, MAX_ABORT_BYTES, MAX_BATCH_BYTES, frame, make_challenge, make_welcome
 
 LIMITS = LinkLimits(connect_timeout_s=1.0, stall_timeout_s=0.3, max_backlog_bytes=1 << 20)
 
@@ -33,9 +33,10 @@ def _output(request_id: str, *token_ids: int, attempt: int = 0) -> SequenceOutpu
 
 
 class SilentGateway:
-    """Opens the connection as it should and then reads nothing."""
+    """Opens the connection as it should, says what it is told to, and then reads nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: bytes = b"") -> None:
+        self._says = says
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._connections: list[socket.socket] = []
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
@@ -54,7 +55,7 @@ class SilentGateway:
             challenge = make_challenge()
             connection.sendall(challenge)
             answer = connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
-            connection.sendall(make_welcome(challenge=challenge, answer=answer, secret=SECRET))
+            connection.sendall(make_welcome(challenge=challenge, answer=answer, secret=SECRET) + self._says)
 
 
 def test_outputs_of_many_steps_arrive_whole_and_in_order(links: TokenLinks) -> None:
@@ -96,6 +97,91 @@ def test_late_outputs_of_an_old_attempt_are_dropped_and_counted(links: TokenLink
                     await asyncio.sleep(0.001)
                 assert (await anext(stream)).token_ids == [2]
             assert listener.num_streams == 0
+
+    asyncio.run(scenario())
+
+
+def test_outputs_that_nobody_waits_for_are_answered_with_one_abort_for_each_attempt(links: TokenLinks) -> None:
+    async def scenario() -> None:
+        async with listening() as listener:
+            links.open(listener.address)
+            for _ in range(100):
+                links.send(listener.address, [_output("a", 1), _output("a", 1, attempt=1), _output("b", 1)])
+            while listener.num_late_outputs < 300:
+                links.poll()
+                await asyncio.sleep(0.001)
+            # Answered after all of these: nothing more is on its way.
+            links.tell_begun(listener.address, [RequestAttempt(request_id="last", attempt=0)])
+            heard: list[tuple[str, Abort]] = []
+            while not heard or heard[-1][1].request_id != "last":
+                links.poll()
+                heard += links.take_aborts()
+                await asyncio.sleep(0.001)
+            assert {address for address, _ in heard} == {listener.address}
+            assert [(abort.request_id, abort.attempt) for _, abort in heard] == [
+                ("a", 0),
+                ("a", 1),
+                ("b", 0),
+                ("last", 0),
+            ]
+
+    asyncio.run(scenario())
+
+
+def test_the_last_output_of_a_request_that_nobody_waits_for_needs_no_abort(links: TokenLinks) -> None:
+    async def scenario() -> None:
+        async with listening() as listener:
+            links.open(listener.address)
+            last = SequenceOutput(request_id="a", attempt=0, finish_reason=FinishReason.LENGTH)
+            links.send(listener.address, [last])
+            links.tell_begun(listener.address, [RequestAttempt(request_id="b", attempt=0)])
+            heard: list[tuple[str, Abort]] = []
+            while not heard:
+                links.poll()
+                heard += links.take_aborts()
+                await asyncio.sleep(0.001)
+            assert [abort.request_id for _, abort in heard] == ["b"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        (LENGTH.pack(MAX_ABORT_BYTES + 1), f"an abort of {MAX_ABORT_BYTES + 1} bytes, the limit is {MAX_ABORT_BYTES}"),
+        (frame(b"abc"), "says what is no abort"),
+    ],
+)
+def test_a_gateway_that_talks_nonsense_is_lost(links: TokenLinks, says: bytes, reason: str) -> None:
+    gateway = SilentGateway(says)
+    links.open(gateway.address)
+    lost: dict[str, str] = {}
+    wait_until(lambda: bool(lost.update(links.poll()) or lost))
+    assert reason in lost[gateway.address]
+    assert links.take_aborts() == []
+    gateway.close()
+
+
+def test_a_router_that_leaves_its_aborts_unread_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.front.router_connection.MAX_UNREAD_BYTES", 1 << 16)
+
+    async def scenario() -> None:
+        async with listening() as listener:
+            link = TokenLinks(router_id="router-a", secret=SECRET)
+            link.open(listener.address)
+            # It never polls, so it sends from the opening thread's connection alone: by hand.
+            await wait_until_async(lambda: link._links[listener.address]._socket is not None)
+            sock = link._links[listener.address]._socket
+            assert sock is not None
+            number = 0
+            while listener.num_connections:
+                begun = [RequestAttempt(request_id=f"{number}/{index}" + 200 * "x", attempt=0) for index in range(100)]
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    sock.setblocking(True)
+                    await asyncio.to_thread(sock.sendall, frame(encode(TokenBatch(router_id="router-a", begun=begun))))
+                number += 1
+            assert number > 1
+            link.close(0.0)
 
     asyncio.run(scenario())
 
@@ -256,7 +342,8 @@ def test_a_stranger_is_refused_before_anything_it_says_is_believed(sent: bytes) 
 def test_a_router_that_announces_too_much_or_talks_nonsense_is_refused() -> None:
     async def scenario() -> None:
         async with listening() as listener:
-            for message in (LENGTH.pack(2**32 - 1), LENGTH.pack(3) + b"abc"):
+            cut_short = encode(TokenBatch(router_id="router-a"))[:-1]
+            for message in (LENGTH.pack(2**32 - 1), frame(b"abc"), frame(cut_short)):
                 before = listener.num_refused
                 link = TokenLinks(router_id="router-a", secret=SECRET)
                 link.open(listener.address)

@@ -29,8 +29,9 @@ BAD_SAMPLING: Mapping[str, Sequence[Any]] = {
     "max_tokens": (0, -1, SMALLEST_INT32),
     "logprobs": (-2, 21, LARGEST_INT32, SMALLEST_INT32),
     "prompt_logprobs": (-2, 21, LARGEST_INT32, SMALLEST_INT32),
+    "stop": (["x"] * 17, ["x", ""], ["x" * 257]),
 }
-"""Every field but ignore_eos, which can only be true or false."""
+"""Every field but those that can only be true or false."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +126,8 @@ def _shown(value: Any) -> str:
         case dict():
             [(token_id, bias)] = value.items()
             return str(token_id) if token_id >= VOCAB_SIZE else str(bias)
+        case [str(), *_]:
+            return str(len(value)) if len(value) > 2 else str(len(value[-1]))
         case list():
             return str(max(value)) if max(value) >= VOCAB_SIZE else str(len(value))
         case _:

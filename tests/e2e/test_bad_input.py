@@ -90,7 +90,7 @@ def test_a_bad_request_is_refused_by_field_and_value(service: Service, channel: 
 
 def test_every_sampling_field_has_its_bad_values() -> None:
     fields = set(generation_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
-    assert fields - set(BAD_SAMPLING) == {"ignore_eos"}
+    assert fields - set(BAD_SAMPLING) == {"ignore_eos", "include_stop_str_in_output"}
 
 
 def test_a_request_of_many_megabytes_is_refused_by_its_size(service: Service, channel: grpc.Channel) -> None:

@@ -19,10 +19,15 @@ Script = Callable[["Attempt"], Awaitable[CallEnd]]
 
 @dataclass
 class Attempt:
-    """One call of a router, and the stream its tokens go to."""
+    """One call of a router, the stream its tokens go to, and the connection that feeds it."""
 
     request: GenerateRequest
     stream: TokenStream
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def abort(self, request_id: str, attempt: int) -> None:
+        assert (request_id, attempt) == (self.request.request_id, self.request.attempt)
+        self.aborted.set()
 
     def send(self, *token_ids: int, finish_reason: FinishReason | None = None, **fields: Any) -> None:
         output = SequenceOutput(
@@ -49,6 +54,7 @@ class ScriptedRouters:
     address: str = "gateway:1"
     requests: list[GenerateRequest] = field(default_factory=list)
     num_aborted: int = 0
+    attempts: list[Attempt] = field(default_factory=list)
     streams: dict[tuple[str, int], TokenStream] = field(default_factory=dict)
 
     def open(self, request_id: str, attempt: int) -> TokenStream:
@@ -60,8 +66,9 @@ class ScriptedRouters:
     async def generate(self, request: GenerateRequest) -> CallEnd:
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         self.requests.append(request)
+        self.attempts.append(Attempt(request, self.streams[request.request_id, request.attempt]))
         try:
-            return await script(Attempt(request, self.streams[request.request_id, request.attempt]))
+            return await script(self.attempts[-1])
         except asyncio.CancelledError:
             self.num_aborted += 1
             raise

@@ -92,3 +92,10 @@ def test_text_comes_on_stdout_and_the_rest_on_stderr(model: Path, capsys: pytest
 )
 def test_bad_input_is_named(refused: Generate, arguments: list[str], named: str) -> None:
     assert named in refused(*arguments)
+
+
+def test_a_chat_goes_through_the_operators_template(generate: Generate, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("<|header_start|>{{ messages[0].content }}")
+    answer = generate("--chat", "<|eot|>", "--chat-template", str(template), "--max-tokens", "1")
+    assert answer["prompt_ids"] == [261, *b"<|eot|>"]

@@ -17,7 +17,13 @@ def test_every_field_arrives() -> None:
     request = generation_pb2.GenerateRequest(
         token_ids=generation_pb2.TokenIds(ids=[3, 4]),
         sampling=generation_pb2.SamplingParams(
-            temperature=0.0, logit_bias={5: -1.5}, stop_token_ids=[6, 7], logprobs=0, ignore_eos=True
+            temperature=0.0,
+            logit_bias={5: -1.5},
+            stop_token_ids=[6, 7],
+            logprobs=0,
+            ignore_eos=True,
+            stop=["User:", "\n\n"],
+            include_stop_str_in_output=True,
         ),
         n=2,
         request_id="r",
@@ -42,6 +48,8 @@ def test_every_field_arrives() -> None:
         resumed={1: ResumedChoice(token_ids=[8], finished=True)},
         on_missing_expert=MissingExpertPolicy.SHARED_ONLY,
         cache_salt="s",
+        stop=("User:", "\n\n"),
+        include_stop_str_in_output=True,
     )
 
 
@@ -87,12 +95,13 @@ def test_the_first_response_tells_id_and_seed_and_the_last_usage() -> None:
     delta = Delta(
         choice_index=1,
         token_ids=(5,),
+        text="x",
         logprobs=(TokenLogprobs(token_id=5, logprob=-0.5, top=[(6, -0.25), (5, -0.5)]),),
         finish_reason=FinishReason.STOP,
         degraded=True,
     )
     usage = Usage(prompt_tokens=3, completion_tokens=1, cached_tokens=2)
-    response = generate_response(Chunk(delta=delta, text="x", request_id="r", seed=0, usage=usage))
+    response = generate_response(Chunk(delta=delta, request_id="r", seed=0, usage=usage))
     [logprobs] = response.logprobs
     assert (response.request_id, response.HasField("seed"), response.seed) == ("r", True, 0)
     assert (response.choice_index, list(response.token_ids), response.text) == (1, [5], "x")

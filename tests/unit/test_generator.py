@@ -2,22 +2,28 @@
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from scripted_routers import NUM_TOKENS, Attempt, ScriptedRouters, serve_two_then_die, serve_whole
 
+from cluster.checkpoints.byte_tokenizer import SPECIAL_TOKENS, build_tokenizer
 from cluster.checkpoints.presets import create_checkpoint
 from cluster.front.admission import ServiceLimits
+from cluster.front.chat import ChatMessage
+from cluster.front.chat_encoder import chat_encoder
 from cluster.front.errors import ServiceError, StatusCode
-from cluster.front.generate_call import Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt
+from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt
 from cluster.front.generator import Generator, SeedSource
-from cluster.front.relay import CallEnd, RelayLimits
+from cluster.front.relay import CallEnd, RelayLimits, RouterLostError
 from cluster.front.tokenizer import Tokenizer
-from router.messages import FinishReason
+from router.messages import FinishReason, TokenLogprobs
 
 LIMITS = ServiceLimits(max_model_len=256, vocab_size=512, max_logprobs=5, max_choices=4, max_request_bytes=1_000_000)
 TEXT = "tränen"
+EOM, EOT = SPECIAL_TOKENS["<|eom|>"], SPECIAL_TOKENS["<|eot|>"]
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +31,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(create_checkpoint("tiny-maverick", tmp_path_factory.mktemp("m") / "m"))
 
 
-def generator(tokenizer: Tokenizer, routers: ScriptedRouters, *, seed: int | None = None) -> Generator:
+def generator(tokenizer: Tokenizer, routers: ScriptedRouters, *, seed: int | None = None, **parts: Any) -> Generator:
     return Generator(
         tokenizer=tokenizer,
         limits=LIMITS,
@@ -33,6 +39,7 @@ def generator(tokenizer: Tokenizer, routers: ScriptedRouters, *, seed: int | Non
         tokens=routers,
         relay_limits=RelayLimits(stream_interval_s=0.0, resubmit_timeout_s=5.0),
         seeds=SeedSource(seed, gateway_index=0),
+        **parts,
     )
 
 
@@ -154,3 +161,189 @@ def test_seeds_that_gateways_draw_are_reproducible_only_when_told_so() -> None:
     assert draw(1, 0) == draw(1, 0)
     assert draw(1, 0) != draw(1, 1)
     assert draw(None, 0) != draw(None, 0)
+
+
+def never_ending(text: str, tokenizer: Tokenizer) -> Any:
+    """A router that says the text again and again until it is told to stop."""
+    token_ids = tokenizer.encode(text)
+
+    async def script(attempt: Attempt) -> CallEnd:
+        position = len(attempt.request.resume_ids)
+        while not attempt.aborted.is_set():
+            attempt.send(token_ids[position % len(token_ids)])
+            position += 1
+            await asyncio.sleep(0)
+        return CallEnd(finish_reason=FinishReason.ABORT)
+
+    return script
+
+
+def test_a_stop_string_ends_the_choice_and_its_sequence(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([never_ending("one llama, two llamas. ", tokenizer)])
+    chunks = chunks_of(generator(tokenizer, routers), stop=("ma,", "two"))
+    assert "".join(chunk.text for chunk in chunks) == "one lla"
+    token_ids = [token_id for chunk in chunks for token_id in chunk.delta.token_ids]
+    assert token_ids == tokenizer.encode("one llama,")
+    assert chunks[-1].delta.finish_reason is FinishReason.STOP
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == len(token_ids)
+    assert [attempt.aborted.is_set() for attempt in routers.attempts] == [True]
+    assert routers.num_aborted == 0, "the call ends by itself"
+    assert routers.streams == {}
+
+
+def test_a_stop_string_stays_in_the_text_on_request(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([never_ending("one llama, two llamas. ", tokenizer)])
+    chunks = chunks_of(generator(tokenizer, routers), stop=("two",), include_stop_str_in_output=True)
+    assert "".join(chunk.text for chunk in chunks) == "one llama, two"
+
+
+def test_a_stop_string_does_not_count_before_min_tokens(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([never_ending("a.", tokenizer)])
+    chunks = chunks_of(generator(tokenizer, routers), stop=(".",), sampling={"min_tokens": 4})
+    assert "".join(chunk.text for chunk in chunks) == "a.a.a"
+
+
+def test_each_choice_has_its_own_stop(tokenizer: Tokenizer) -> None:
+    async def speak_by_index(attempt: Attempt) -> CallEnd:
+        words = ("x end y", "longer end z")[attempt.request.params.choice_index]
+        return await speak(tokenizer.encode(words))(attempt)  # type: ignore[no-any-return]
+
+    chunks = chunks_of(generator(tokenizer, ScriptedRouters([speak_by_index])), stop=("end",), n=2)
+    texts = ["".join(chunk.text for chunk in chunks if chunk.delta.choice_index == index) for index in (0, 1)]
+    assert texts == ["x ", "longer "]
+
+
+@pytest.mark.parametrize("num_resumed", range(1, 6))
+def test_a_stop_string_is_found_wherever_the_stream_broke(tokenizer: Tokenizer, num_resumed: int) -> None:
+    """The client's half of the text and the rest are what an unbroken stream would have said."""
+    token_ids = tokenizer.encode("ab END cd")
+    routers = ScriptedRouters([speak(token_ids)])
+    sent = "ab "[:num_resumed]
+    resumed = {0: ResumedChoice(token_ids=token_ids[:num_resumed], finished=False)}
+    chunks = chunks_of(generator(tokenizer, routers), stop=("END",), resumed=resumed)
+    assert sent + "".join(chunk.text for chunk in chunks) == "ab "
+    assert chunks[-1].delta.finish_reason is FinishReason.STOP
+
+
+def test_a_stream_whose_resumed_tokens_hold_the_stop_ends_without_a_router(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([serve_whole])
+    token_ids = tokenizer.encode("ab END c")
+    resumed = {0: ResumedChoice(token_ids=token_ids, finished=False)}
+    [chunk] = chunks_of(generator(tokenizer, routers), stop=("END",), resumed=resumed, request_id="r")
+    assert (chunk.request_id, chunk.text, chunk.delta.token_ids) == ("r", "", ())
+    assert chunk.delta.finish_reason is FinishReason.STOP
+    assert chunk.usage is not None
+    assert chunk.usage.completion_tokens == len(token_ids)
+    assert routers.requests == []
+
+
+def test_a_router_that_is_lost_is_not_replaced_after_the_stop(tokenizer: Tokenizer) -> None:
+    async def stop_then_die(attempt: Attempt) -> CallEnd:
+        attempt.send(*tokenizer.encode("x END y"))
+        raise RouterLostError("killed")
+
+    routers = ScriptedRouters([stop_then_die])
+    chunks = chunks_of(generator(tokenizer, routers), stop=("END",))
+    assert "".join(chunk.text for chunk in chunks) == "x "
+    assert len(routers.requests) == 1
+
+
+def test_stop_strings_are_refused_where_there_is_no_text(tmp_path: Path) -> None:
+    made = generator(Tokenizer(tmp_path), ScriptedRouters([serve_whole]))
+    with pytest.raises(ServiceError, match=r"stop must be empty .* without a tokenizer\.json") as failure:
+        chunks_of(made, stop=("END",))
+    assert failure.value.code is StatusCode.INVALID_ARGUMENT
+
+
+def chat(*turns: tuple[str, str]) -> ChatPrompt:
+    return ChatPrompt(messages=tuple(ChatMessage.of_text(*turn) for turn in turns or [("user", "hi")]))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "stop_token_ids"),
+    [
+        ({}, (EOM, EOT)),
+        ({"stop_token_ids": (7, EOT)}, (7, EOT, EOM, EOT)),
+        ({"ignore_eos": True}, ()),
+        ({"ignore_eos": True, "stop_token_ids": (7,)}, (7,)),
+    ],
+)
+def test_a_chats_answer_ends_with_either_end_of_a_turn_whatever_the_checkpoint_says(
+    tokenizer: Tokenizer, sampling: dict[str, Any], stop_token_ids: tuple[int, ...]
+) -> None:
+    routers = ScriptedRouters([serve_whole])
+    chunks_of(generator(tokenizer, routers), prompt=chat(), sampling=sampling)
+    assert routers.requests[0].params.stop_token_ids == stop_token_ids
+
+
+def test_only_a_chats_answer_ends_with_a_turn(tokenizer: Tokenizer) -> None:
+    routers = ScriptedRouters([serve_whole])
+    chunks_of(generator(tokenizer, routers), prompt=TextPrompt(text="hi"))
+    assert routers.requests[0].params.stop_token_ids == ()
+
+
+def test_an_operators_template_renders_the_chat(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ bos_token }}{% if messages | length > 1 %}{{ raise_exception('one message') }}{% endif %}!")
+    routers = ScriptedRouters([serve_whole])
+    made = generator(tokenizer, routers, encode_chat=chat_encoder(tokenizer, str(template)))
+    chunks_of(made, prompt=chat())
+    assert routers.requests[0].prompt_ids == [SPECIAL_TOKENS["<|begin_of_text|>"], ord("!")]
+    with pytest.raises(ServiceError, match="messages are refused by the chat template: one message") as failure:
+        chunks_of(made, prompt=chat(("user", "a"), ("user", "b")))
+    assert failure.value.code is StatusCode.INVALID_ARGUMENT
+
+
+def test_without_a_tokenizer_ids_are_served_and_text_and_chat_are_refused_with_the_reason(tmp_path: Path) -> None:
+    made = generator(Tokenizer(tmp_path), ScriptedRouters([serve_whole]))
+    chunks = chunks_of(made, prompt=TokenPrompt(token_ids=[1, 2]))
+    assert [token_id for chunk in chunks for token_id in chunk.delta.token_ids] == list(range(NUM_TOKENS))
+    assert "".join(chunk.text for chunk in chunks) == ""
+    for prompt in (TextPrompt(text="hi"), chat()):
+        with pytest.raises(ServiceError, match=r"has no tokenizer\.json") as failure:
+            chunks_of(made, prompt=prompt)
+        assert failure.value.code is StatusCode.INVALID_ARGUMENT
+
+
+def test_without_llama_4s_special_tokens_ids_and_text_are_served_and_chat_is_refused_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    inner = build_tokenizer()
+    plain = tokenizers.Tokenizer(inner.model)
+    plain.pre_tokenizer, plain.decoder = inner.pre_tokenizer, inner.decoder
+    plain.save(str(tmp_path / "tokenizer.json"))
+    routers = ScriptedRouters([speak(list(b"llama"))])
+    made = generator(Tokenizer(tmp_path), routers)
+    for prompt in (TextPrompt(text="hi"), TokenPrompt(token_ids=list(b"hi"))):
+        assert "".join(chunk.text for chunk in chunks_of(made, prompt=prompt)) == "llama"
+    assert [request.prompt_ids for request in routers.requests] == [list(b"hi")] * 2
+    with pytest.raises(
+        ServiceError, match=r"chat is not possible .* <\|begin_of_text\|>, <\|header_start\|>"
+    ) as failure:
+        chunks_of(made, prompt=chat())
+    assert failure.value.code is StatusCode.INVALID_ARGUMENT
+
+
+def test_tokens_beyond_the_tokenizer_are_tokens_like_others_without_a_text(tokenizer: Tokenizer) -> None:
+    """In the prompt, in the output, among the log probabilities, next to a stop string."""
+    beyond = LIMITS.vocab_size - 1
+    assert tokenizer.num_tokens <= beyond
+    logprobs = [
+        TokenLogprobs(token_id=token_id, logprob=-1.0, top=[(beyond, -0.5), (token_id, -1.0)])
+        for token_id in (ord("a"), beyond, ord("b"), ord("c"))
+    ]
+
+    async def speak_beyond(attempt: Attempt) -> CallEnd:
+        token_ids = [entry.token_id for entry in logprobs]
+        attempt.send(*token_ids, finish_reason=FinishReason.LENGTH, logprobs=logprobs)
+        return CallEnd(finish_reason=FinishReason.LENGTH)
+
+    made = generator(tokenizer, ScriptedRouters([speak_beyond]))
+    [chunk] = chunks_of(made, prompt=TokenPrompt(token_ids=[beyond]), sampling={"logprobs": 1}, stop=("bc",))
+    assert (chunk.text, chunk.delta.token_ids) == ("a", (ord("a"), beyond, ord("b"), ord("c")))
+    assert chunk.delta.logprobs == tuple(logprobs)
+    assert made.decode([ord("a"), beyond], keep_special_tokens=True) == "a"
+    with pytest.raises(ValueError, match=f"token_ids must be below {LIMITS.vocab_size}, not {LIMITS.vocab_size}"):
+        made.decode([LIMITS.vocab_size], keep_special_tokens=False)

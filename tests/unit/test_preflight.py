@@ -68,11 +68,16 @@ def change_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], obje
 def test_a_good_model_passes(good_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("cluster.commands.serve.supervise", lambda config, address: started.append(config.model) or 0)
+    monkeypatch.setattr(
+        "cluster.commands.serve.supervise",
+        lambda config, address: started.extend([config.model, config.chat_template]) or 0,
+    )
     monkeypatch.chdir(good_model.parent)
+    template = good_model.parent / "chat.jinja"
+    template.write_text("{{ messages[0].content }}")
     ports = ["--grpc-port", str(free_port()), "--http-port", str(free_port())]
-    assert cli.main(["serve", "--model", "good", *ports]) == 0
-    assert started == [str(good_model)], "the path is absolute: workers have another current folder"
+    assert cli.main(["serve", "--model", "good", "--chat-template", "chat.jinja", *ports]) == 0
+    assert started == [str(good_model), str(template)], "paths are absolute: workers have another current folder"
 
 
 def test_no_model_is_refused(refused: Start) -> None:
@@ -175,6 +180,34 @@ def test_a_taken_port_is_named(refused: Start, model: Path, key: str, host: str)
         port = listener.getsockname()[1]
         said = refused("--model", str(model), "--" + key.replace("_", "-"), str(port))
         assert f"{key}: port {port} is already in use" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("a\n{% for %}", "chat.jinja:2: "),
+        ("{{ messages[0].content.x.y }}", "chat.jinja:1: cannot render"),
+        ("{{ '<|' ~ 'eot|>' }}", "<|eot|> out of parts"),
+        (None, "chat.jinja"),
+    ],
+)
+def test_a_bad_chat_template_is_named(
+    refused: Start, model: Path, tmp_path: Path, template: str | None, named: str
+) -> None:
+    path = tmp_path / "chat.jinja"
+    if template is not None:
+        path.write_text(template)
+    assert named in refused("--model", str(model), "--chat-template", str(path))
+
+
+def test_a_chat_template_for_a_model_without_a_tokenizer_is_refused(
+    refused: Start, model: Path, tmp_path: Path
+) -> None:
+    (model / "tokenizer.json").unlink()
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    said = refused("--model", str(model), "--chat-template", str(tmp_path / "chat.jinja"))
+    assert "chat.jinja" in said
+    assert "tokenizer.json" in said
 
 
 def test_a_foreign_http_host_is_named(refused: Start, model: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from scripted_routers import NUM_TOKENS, STOPPED, Attempt, ScriptedRouters, serve_two_then_die, serve_whole
 
+from cluster.front.choice_text import ChoiceText
+from cluster.front.detokenizer import NoDetokenizer
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.journal import ChoiceJournal, ChoicePlan, Delta
 from cluster.front.relay import CallEnd, QueueFullError, Relay, RelayLimits, RouterLostError
@@ -18,7 +20,8 @@ LIMITS = RelayLimits(stream_interval_s=0.0, resubmit_timeout_s=5.0)
 
 def journal(choice_index: int = 0, **plan: Any) -> ChoiceJournal:
     params = SamplingParams(seed=1, choice_index=choice_index, max_tokens=NUM_TOKENS)
-    return ChoiceJournal(ChoicePlan(engine_id=f"r/{choice_index}", prompt_ids=[1], params=params, **plan))
+    made = ChoicePlan(engine_id=f"r/{choice_index}", prompt_ids=[1], params=params, **plan)
+    return ChoiceJournal(made, ChoiceText(NoDetokenizer()))
 
 
 def run(act: Coroutine[Any, Any, Any]) -> Any:

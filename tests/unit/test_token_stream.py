@@ -9,7 +9,18 @@ import pytest
 from cluster.front.token_stream import StreamBrokenError, TokenStream, merge_outputs
 from router.messages import ErrorCode, FinishReason, SequenceOutput, TokenLogprobs
 
-CONNECTION = object()
+
+class Connection:
+    """Of a router."""
+
+    def __init__(self) -> None:
+        self.aborted: list[tuple[str, int]] = []
+
+    def abort(self, request_id: str, attempt: int) -> None:
+        self.aborted.append((request_id, attempt))
+
+
+CONNECTION = Connection()
 
 
 def _output(*token_ids: int, **fields: object) -> SequenceOutput:
@@ -67,6 +78,28 @@ def test_a_finished_stream_cannot_break() -> None:
         stream.put(_output(1, finish_reason=FinishReason.LENGTH), CONNECTION)
         stream.fail("the router is gone")
         assert [output.token_ids async for output in stream] == [[1]]
+
+    asyncio.run(scenario())
+
+
+def test_closing_a_stream_before_its_end_aborts_it_where_it_comes_from() -> None:
+    async def scenario() -> None:
+        connection = Connection()
+        stream = _stream()
+        stream.put(_output(1), connection)
+        stream.close()
+        assert connection.aborted == [("a", 0)]
+
+    asyncio.run(scenario())
+
+
+def test_closing_a_stream_at_its_end_aborts_nothing() -> None:
+    async def scenario() -> None:
+        connection = Connection()
+        stream = _stream()
+        stream.put(_output(1, finish_reason=FinishReason.LENGTH), connection)
+        stream.close()
+        assert connection.aborted == []
 
     asyncio.run(scenario())
 
