@@ -13,7 +13,10 @@ from router.messages import MissingExpertPolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPrompt:
+    """add_begin_of_text: put the model's begin-of-text token in front."""
+
     text: str
+    add_begin_of_text: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class GenerateCall:
     """One Generate call as the client made it. sampling holds the fields it set, under the API's names.
 
     request_id is empty and seed None where the client leaves them to the gateway; resumed is by choice index.
+    stop: texts that end a choice, cut off from its text unless include_stop_str_in_output.
     """
 
     prompt: Prompt
@@ -53,6 +57,8 @@ class GenerateCall:
     resumed: Mapping[int, ResumedChoice] = field(default_factory=dict)
     on_missing_expert: MissingExpertPolicy | None = None
     cache_salt: str = ""
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
