@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, cast
 
 from fastapi import FastAPI, Request, Response
 from ray import serve
+from ray.exceptions import RayError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from cluster.front.openai.api_error import ApiError
 from cluster.front.openai.attendance import attend
-from cluster.front.openai.exchange import JSON, Exchange, Receive, Scope, Send
+from cluster.front.openai.exchange import JSON, Exchange, Message, Receive, Scope, Send
 from cluster.front.openai.openapi import openapi_document
 from cluster.front.openai.operations import OPERATIONS, Operation
 
@@ -53,8 +54,15 @@ class ServedOperation:
         async def handle(exchange: Exchange, body: bytes) -> None:
             await self._operation.handler(api, exchange, body)
 
+        async def receive_or_end() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                # Serve's proxy has gone, or our call to it was cancelled along with this one. So has the client.
+                return {"type": "http.disconnect"}
+
         max_body_bytes = None if self._operation.request is None else api.max_request_bytes
-        await attend(Exchange(scope, receive, send), handle, max_body_bytes=max_body_bytes)
+        await attend(Exchange(scope, receive_or_end, send), handle, max_body_bytes=max_body_bytes)
 
 
 async def _no_such_route(request: Request, error: HTTPException) -> Response:

@@ -53,6 +53,7 @@ class ServeRouters:
     async def _call(self, request: GenerateRequest) -> CallEnd:
         response = self._handle.generate.remote(encode(request))
         answer = asyncio.ensure_future(response)
+        answer.add_done_callback(_look_at)
         arrived_s = asyncio.get_running_loop().time() + self._arrival_s
         try:
             end = decode_finished(await asyncio.shield(answer))
@@ -66,6 +67,13 @@ class ServeRouters:
             logger.warning("%s: lost its router: %s", request.request_id, error)
             raise RouterLostError(f"the router is lost: {type(error).__name__}") from None
         return CallEnd(finish_reason=end.finish_reason, error=end.error, error_code=end.error_code)
+
+
+def _look_at(answer: asyncio.Future[bytes]) -> None:
+    """A call that was cancelled, by us or by Serve, ends with an error that nobody else may look at; asyncio would
+    complain of it."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 async def _cancel(response: Any, answer: asyncio.Future[bytes], arrived_s: float) -> None:

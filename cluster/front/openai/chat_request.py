@@ -10,13 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from cluster.front.openai.generation_request import GenerationRequest, NumLogprobs
 from cluster.front.openai.request_fields import MAX_COUNT, Ignored, NotSupported, RequestModel, field_error
 
-KINDS_OF_PARTS = {
-    "image_url": "images are",
-    "input_audio": "audio is",
-    "file": "files are",
-    "video_url": "videos are",
-    "refusal": "refusals are",
-}
+KINDS_OF_PARTS = {"image_url": "images", "input_audio": "sounds", "file": "files", "video_url": "videos"}
 
 
 class ContentPart(RequestModel):
@@ -27,8 +21,9 @@ class ContentPart(RequestModel):
     def check_raw(cls, data: dict[str, Any]) -> None:
         kind = data.get("type")
         if isinstance(kind, str) and kind != "text":
-            what = KINDS_OF_PARTS.get(kind, f"parts of type {kind[:80]!r} are")
-            raise field_error("unsupported_content", "type", f"{what} not supported yet, only text")
+            what = KINDS_OF_PARTS.get(kind, "such parts")
+            message = f"is of type {kind[:80]!r}: {what} are not supported yet, only text"
+            raise field_error("unsupported_content", None, message)
 
 
 def _form_of_content(value: Any) -> str | None:

@@ -17,6 +17,7 @@ from cluster.front.openai.request_fields import (
     StopTokenIds,
     TokenId,
     field_error,
+    ignored_names,
 )
 from router.messages import MissingExpertPolicy
 from router.sampling_params import MAX_REPETITION_PENALTY, MAX_SEED, MIN_REPETITION_PENALTY
@@ -109,11 +110,7 @@ class GenerationRequest(RequestModel):
     @property
     def ignored_fields(self) -> list[str]:
         """What the client has set and we ignore."""
-        return [
-            name
-            for name in self.model_fields_set
-            if any(isinstance(entry, Ignored) for entry in type(self).model_fields[name].metadata)
-        ]
+        return [name for name in ignored_names(type(self)) if getattr(self, name) is not None]
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:

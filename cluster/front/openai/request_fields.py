@@ -16,9 +16,12 @@ MAX_COUNT = 2**31 - 1
 MAX_STOP_STRINGS = 64
 
 
-def field_error(kind: str, field: str, message: str) -> PydanticCustomError:
-    """What a validator of a whole object raises where one of its fields is to blame. See request_parsing."""
-    # The message is a template; in the context it may hold braces.
+def field_error(kind: str, field: str | None, message: str) -> PydanticCustomError:
+    """What a validator of a whole object raises where one of its fields is to blame, or None: all of it.
+
+    message: a sentence without its subject. See request_parsing.
+    """
+    # What pydantic takes is a template; in its context the message may hold braces.
     return PydanticCustomError(kind, "{message}", {"field": field, "message": message})
 
 
@@ -46,7 +49,8 @@ class RequestModel(BaseModel):
         """What must be said before any field is looked at. Raises PydanticCustomError."""
 
 
-@dataclass(frozen=True, slots=True)
+# eq: typing would take two that are equal for one, and 1 is equal to True.
+@dataclass(frozen=True, slots=True, eq=False)
 class NotSupported:
     """Annotates a field that OpenAI has and this service does not. Only None and the neutral values, which ask for
     nothing, are taken."""
@@ -73,6 +77,12 @@ class Ignored:
         return {"description": "Taken and ignored."}
 
 
+def ignored_names(model: type[RequestModel]) -> list[str]:
+    """The fields of a model that are taken and ignored."""
+    fields = model.model_fields.items()
+    return [name for name, field in fields if any(isinstance(entry, Ignored) for entry in field.metadata)]
+
+
 def _check_size(limit: int) -> BeforeValidator:
     """Counts the entries before each of a million is complained of."""
 
@@ -94,4 +104,8 @@ StopString = Annotated[str, Field(min_length=1)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
 TokenIdName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[TokenIdName, Bias], _check_size(MAX_LOGIT_BIASES), Field(max_length=MAX_LOGIT_BIASES)]
+LogitBias = Annotated[
+    dict[TokenIdName, Bias],
+    Field(max_length=MAX_LOGIT_BIASES, json_schema_extra={"additionalProperties": False}),
+    _check_size(MAX_LOGIT_BIASES),
+]

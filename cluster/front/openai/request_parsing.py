@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from cluster.front.openai.api_error import ApiError
 from cluster.front.openai.request_fields import RequestModel
 
 MAX_SHOWN = 80
+# How pydantic begins its sentences.
+SUBJECT = re.compile(r"^\w+ should")
 # Pydantic's kinds of error under OpenAI's codes; all others are a wrong value.
 CODES = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}
 OUR_KINDS = ("unknown_parameter", "unsupported_parameter", "unsupported_content", "conflict")
@@ -35,14 +38,16 @@ def _api_error(detail: Any) -> ApiError:
     field = context.get("field")
     param = path_of([*detail["loc"], *([] if field is None else [field])])
     code = kind if kind in OUR_KINDS else CODES.get(kind, "invalid_value")
-    return ApiError(400, f"{param}: {_sentence(kind, detail)}", param=param, code=code)
+    return ApiError(400, f"{param} {_sentence(kind, detail)}", param=param, code=code)
 
 
 def _sentence(kind: str, detail: Any) -> str:
-    message: str = detail["msg"]
-    if kind in OUR_KINDS or kind == "too_long" or kind == "missing":
-        return message.replace("Field required", "is required")
-    return f"{message.replace('Input should be', 'must be')}, not {_shown(detail['input'])}"
+    if kind == "missing":
+        return "is required"
+    message = SUBJECT.sub("must", detail["msg"]).replace(" after validation", "")
+    if kind in OUR_KINDS or ", not " in message:
+        return message
+    return f"{message}, not {_shown(detail['input'])}"
 
 
 def _shown(value: Any) -> str:
@@ -51,7 +56,7 @@ def _shown(value: Any) -> str:
         case dict():
             return "an object"
         case list():
-            return "a list"
+            return "an array"
         case str():
             text = repr(value[:MAX_SHOWN])
             return text if len(value) <= MAX_SHOWN else f"{text}..."
@@ -69,5 +74,7 @@ def path_of(location: Sequence[str | int]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         elif not part.startswith(("<", "[")):
-            path += f".{part}" if path else part
+            # A name may be the client's, of any length.
+            name = part if len(part) <= MAX_SHOWN else f"{part[:MAX_SHOWN]}..."
+            path += f".{name}" if path else name
     return path
