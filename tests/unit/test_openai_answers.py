@@ -379,7 +379,7 @@ def test_token_ids_come_where_asked_for(service: Service) -> None:
 def test_a_stream_goes_on_from_what_the_client_has(service: Service) -> None:
     asked = {"messages": HELLO, "stream": True, "return_token_ids": True, "n": 2}
     whole = ask(service.api, CHAT, asked, headers={"x-request-id": "r"}).events()
-    got = [choice["token_ids"] for event in whole for choice in event["choices"] if choice["index"] == 1][0]
+    got = next(choice["token_ids"] for event in whole for choice in event["choices"] if choice["index"] == 1)
     resumed = [{"index": 0, "token_ids": [5], "finished": True}, {"index": 1, "token_ids": got}]
     again = {**asked, "seed": whole[0]["seed"], "resume_token_ids": resumed}
     events = ask(service.api, CHAT, again, headers={"x-request-id": "r"}).events()
