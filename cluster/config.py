@@ -32,6 +32,9 @@ class ServiceConfig(BaseModel):
         None, min_length=1, description="Jinja file that renders chats, at the same path on every node. Default: Llama "
         "4's own format, not the checkpoint's template.",
     )  # fmt: skip
+    served_model_name: str | None = Field(
+        None, min_length=1, description="The model's name over HTTP. Default: its id on the hub, or its folder's name."
+    )
     app_name: str = Field("arriero", description="Name of the Serve application; two names can share a cluster.")
 
     shards: int = Field(2, ge=0, description="Expert shard processes. 0: the experts live in each router process.")
@@ -71,7 +74,7 @@ class ServiceConfig(BaseModel):
     max_logprobs: int = Field(
         20, ge=-1, description="Most likely tokens per position that a request may ask for. -1: the whole vocabulary."
     )
-    max_choices: int = Field(64, ge=1, description="Choices (n) that one request may ask for.")
+    max_choices: int = Field(64, ge=1, description="Choices that one request may ask for: n of each of its prompts.")
     max_request_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request, in bytes.")
     stream_interval_ms: int = Field(
         20, ge=0, description="After the first token a stream gets at most one message in this time. 0: every step."

@@ -51,12 +51,13 @@ class ByteLevelDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
-        return self._decoder.decode(b"".join(map(self._bytes_of, token_ids)))
+        return self._decoder.decode(b"".join(map(self.bytes_of, token_ids)))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
 
-    def _bytes_of(self, token_id: int) -> bytes:
+    def bytes_of(self, token_id: int) -> bytes:
+        """Of one token alone, whatever was pushed."""
         token = self._token_of(token_id)
         if token is None:
             return b""

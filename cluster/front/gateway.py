@@ -30,6 +30,9 @@ from cluster.front.chat_encoder import chat_encoder
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.generator import Generator, SeedSource
 from cluster.front.grpc_codec import generate_call, generate_response, prompt_of, view_response
+from cluster.front.openai.api import OpenAiApi
+from cluster.front.openai.planning import Planner
+from cluster.front.openai.served_model import ServedModel
 from cluster.front.relay import RelayLimits
 from cluster.front.serve_routers import ServeRouters
 from cluster.front.token_listener import TokenListener
@@ -38,6 +41,7 @@ from cluster.logs import configure_logging
 from cluster.service_model import read_model_config, resolve
 from cluster.v1 import admin_pb2, generation_pb2
 from experts.hub import resolve_model
+from router.config import ModelConfig
 
 logger = logging.getLogger("arriero.gateway")
 
@@ -58,25 +62,20 @@ class Gateway:
         self._admin_token: str = welcome["admin_token"]
         self._tokens = TokenListener(host=_node_address(), secret=welcome["secret"])
         await self._tokens.start()
-        self._generator = await asyncio.to_thread(self._make_generator, routers)
+        await asyncio.to_thread(self._load, routers)
         self._link.start_reporting(lambda: (self._member(MemberState.READY), []))
 
-    def _make_generator(self, routers: DeploymentHandle[Any]) -> Generator:
+    def _load(self, routers: DeploymentHandle[Any]) -> None:
+        """What the model's folder is needed for."""
         folder = Path(resolve_model(self._config.model))
         model = read_model_config(folder)
         config = resolve(self._config, model, os.cpu_count() or 1)
-        assert config.max_model_len is not None
         tokenizer = Tokenizer(folder)
-        return Generator(
+        seeds = SeedSource(config.seed, gateway_index=serve.get_replica_context().rank.rank)
+        self._generator = Generator(
             tokenizer=tokenizer,
             encode_chat=chat_encoder(tokenizer, config.chat_template),
-            limits=ServiceLimits(
-                max_model_len=config.max_model_len,
-                vocab_size=model.vocab_size,
-                max_logprobs=config.max_logprobs,
-                max_choices=config.max_choices,
-                max_request_bytes=config.max_request_bytes,
-            ),
+            limits=_service_limits(config, model),
             routers=ServeRouters(
                 routers,
                 num_ready=lambda: self._link.num_ready_routers,
@@ -84,8 +83,16 @@ class Gateway:
             ),
             tokens=self._tokens,
             relay_limits=_relay_limits(config),
-            seeds=SeedSource(config.seed, gateway_index=serve.get_replica_context().rank.rank),
+            seeds=seeds,
         )
+        planner = Planner(
+            generator=self._generator,
+            tokenizer=tokenizer,
+            seeds=seeds,
+            model=ServedModel.of(config, folder),
+            max_choices=config.max_choices,
+        )
+        self.openai = OpenAiApi(planner, max_request_bytes=config.max_request_bytes)
 
     def _member(self, state: MemberState) -> Member:
         return Member(
@@ -164,6 +171,17 @@ class Gateway:
 def _node_address() -> str:
     """Where the other processes of the cluster reach this node."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _service_limits(config: ServiceConfig, model: ModelConfig) -> ServiceLimits:
+    assert config.max_model_len is not None
+    return ServiceLimits(
+        max_model_len=config.max_model_len,
+        vocab_size=model.vocab_size,
+        max_logprobs=config.max_logprobs,
+        max_choices=config.max_choices,
+        max_request_bytes=config.max_request_bytes,
+    )
 
 
 def _relay_limits(config: ServiceConfig) -> RelayLimits:

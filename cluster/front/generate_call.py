@@ -13,7 +13,10 @@ from router.messages import MissingExpertPolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPrompt:
+    """add_begin_of_text: put the model's begin-of-text token in front."""
+
     text: str
+    add_begin_of_text: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

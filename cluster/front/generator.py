@@ -72,7 +72,8 @@ class Generator:
         """Raises ValueError naming what is wrong with the prompt."""
         match prompt:
             case TextPrompt():
-                return self._tokenizer.encode_prompt(prompt.text)
+                add_begin = prompt.add_begin_of_text
+                return self._tokenizer.encode_prompt(prompt.text) if add_begin else self._tokenizer.encode(prompt.text)
             case ChatPrompt():
                 return self._encode_chat(prompt.messages)
             case _:

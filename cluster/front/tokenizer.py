@@ -10,7 +10,13 @@ from typing import Any
 
 import tokenizers
 
-from cluster.front.detokenizer import ByteLevelDetokenizer, Detokenizer, NoDetokenizer, PrefixDetokenizer
+from cluster.front.detokenizer import (
+    REPLACEMENT,
+    ByteLevelDetokenizer,
+    Detokenizer,
+    NoDetokenizer,
+    PrefixDetokenizer,
+)
 
 
 class Tokenizer:
@@ -37,6 +43,7 @@ class Tokenizer:
         self.named_tokens: Mapping[str, str] = MappingProxyType(named_tokens | bos_token)
         self._ids_without_text = frozenset(self._special_ids.values())
         self._is_byte_level = self._tokenizer is not None and _is_byte_level(self._tokenizer)
+        self._single_tokens = ByteLevelDetokenizer(self._token_of)
 
     @property
     def has_text(self) -> bool:
@@ -81,6 +88,21 @@ class Tokenizer:
         """The text of ids; broken UTF-8 becomes U+FFFD. Raises ValueError without a tokenizer."""
         tokenizer = self._require()
         return tokenizer.decode(list(token_ids), skip_special_tokens=not keep_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What one token adds to a text, in UTF-8, maybe a part of a character; None where it has no text of its own:
+        special tokens, ids beyond the tokenizer's length, all without a tokenizer."""
+        if self._tokenizer is None or self._token_of(token_id) is None:
+            return None
+        if self._is_byte_level:
+            return self._single_tokens.bytes_of(token_id)
+        # The second of two: the first of a text may lose a leading space.
+        text = self.decode([token_id, token_id])[len(self.decode([token_id])) :]
+        return None if REPLACEMENT in text else text.encode()
+
+    def token_name(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it, special ones by their names. None where there is none."""
+        return None if self._tokenizer is None else self._tokenizer.id_to_token(token_id)
 
     def detokenizer(self) -> Detokenizer:
         """A new stream of text for one sequence, special tokens left away."""
