@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from experts.logs import LogSettings
 from router.sampling_params import SamplingParams
 
 
@@ -139,6 +140,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     kv_memory_share: float | None = None
     on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.FAIL
     lane_timeout_s: float = 30.0
+    log: LogSettings = LogSettings()
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -23,7 +23,7 @@ from cluster.launch.processes import adopt_orphans, end_descendants
 from cluster.launch.ray_setup import ServeSetup, set_environment, start_ray, start_serve
 from cluster.launch.start_failure import start_failure
 from cluster.launch.supervisor import SWEEP_TIMEOUT_S, Report, send_report
-from cluster.logs import configure_logging
+from experts.logs import configure_logging
 from router.parent_death import end_with_parent
 
 logger = logging.getLogger("arriero")
@@ -170,7 +170,7 @@ def run(spec: DriverSpec) -> int:
 
 def main() -> None:
     spec = DriverSpec.from_json(sys.stdin.buffer.read())
-    configure_logging()
+    configure_logging(parse_config(spec.config).log_settings, process="driver")
     end_with_parent(spec.parent_pid, signal.SIGINT)
     adopt_orphans()
     # Ray adds the current folder to its workers' import path; nothing of the user's may shadow our packages.
