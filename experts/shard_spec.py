@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from experts.expert_shape import ExpertShape
 from experts.logs import LogSettings
@@ -23,4 +23,4 @@ class ShardSpec:
     num_threads: int
     secret: bytes
     weights_version: int
-    log: LogSettings = LogSettings()
+    log: LogSettings = field(default_factory=LogSettings)

@@ -215,6 +215,8 @@ class Engine:
             self._block_manager.advance(sequence, part.scheduled.num_tokens)
             if sequence in sampled:
                 outputs.append(self._append(sequence, sampled[sequence]))
+            elif not sequence.has_spoken:
+                outputs.append(sequence_output(sequence))
         return outputs
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> SequenceOutput:

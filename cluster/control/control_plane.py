@@ -288,8 +288,8 @@ class ControlPlane:
         state = MemberState.READY if is_up else MemberState.STARTING
         if shard.member_id in self._membership:
             seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
-            self._membership.report(seen, self._now())
-            self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
+            if self._membership.report(seen, self._now()):
+                self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
 
     async def _look_at_processes(self) -> None:
         await asyncio.gather(*(self._look_at_process(*entry) for entry in list(self._processes.items())))

@@ -98,7 +98,7 @@ class ControllerLink:
         return view
 
     async def get_numbers(self, timeout_s: float) -> ServiceNumbers | None:
-        """Of all members, with what this one has just counted; see ControlPlane.numbers. Raises TimeoutError, RayError."""
+        """See ControlPlane.numbers; this member's are as of now. Raises TimeoutError, RayError."""
         assert self._controller is not None, "join first"
         async with asyncio.timeout(timeout_s):
             await self._report_once()

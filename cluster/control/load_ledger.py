@@ -33,9 +33,7 @@ class LoadLedger:
         by_layer: defaultdict[int, list[int]] = defaultdict(list)
         for slot, tokens in sorted(self._sums().items()):
             by_layer[slot.layer].append(tokens)
-        return {
-            layer: max(tokens) * len(tokens) / sum(tokens) - 1 for layer, tokens in by_layer.items() if any(tokens)
-        }
+        return {layer: max(tokens) * len(tokens) / sum(tokens) - 1 for layer, tokens in by_layer.items() if any(tokens)}
 
     def _sums(self) -> Counter[Slot]:
         """Of every slot that a member holds or held, 0 included."""

@@ -38,6 +38,17 @@ class ResumedChoice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """By which protocol a call came, and what it called there: ``grpc Generate``, ``http /v1/completions``."""
+
+    protocol: str
+    method: str
+
+
+GRPC_GENERATE = Origin(protocol="grpc", method="Generate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
     """One Generate call as the client made it. sampling holds the fields it set, under the API's names.
 
@@ -53,6 +64,7 @@ class GenerateCall:
     resumed: Mapping[int, ResumedChoice] = field(default_factory=dict)
     on_missing_expert: MissingExpertPolicy | None = None
     cache_salt: str = ""
+    origin: Origin = GRPC_GENERATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

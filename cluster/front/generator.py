@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from cluster.front.admission import ServiceLimits, check_call, check_prompt, plan_choices
 from cluster.front.chat import encode_chat
+from cluster.front.choice_progress import ChoiceProgress
 from cluster.front.detokenizer import Detokenizer
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, Prompt, TextPrompt, Usage
 from cluster.front.journal import ChoiceJournal, Delta
+from cluster.front.open_requests import OpenRequests
 from cluster.front.relay import Relay, RelayLimits, Routers, TokenPath
 from cluster.front.tokenizer import Tokenizer
 from router.sampling_params import MAX_SEED
@@ -55,7 +57,10 @@ class Generator:
         tokens: TokenPath,
         relay_limits: RelayLimits,
         seeds: SeedSource,
+        requests: OpenRequests | None = None,
     ) -> None:
+        """requests: where those that are under way are looked after."""
+        self._requests = requests or OpenRequests()
         self._tokenizer = tokenizer
         self._limits = limits
         self._routers = routers
@@ -82,16 +87,19 @@ class Generator:
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Chunk]:
         """Raises ServiceError. Leaving the iteration aborts the request."""
-        try:
-            if call.num_bytes > MAX_INLINE_BYTES:
-                accepted = await asyncio.to_thread(self._accept, call)
-            else:
-                accepted = self._accept(call)
-        except ValueError as error:
-            raise ServiceError(StatusCode.INVALID_ARGUMENT, str(error)) from None
-        async with aclosing(self._stream(accepted)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._requests.observe(call) as observer:
+            try:
+                if call.num_bytes > MAX_INLINE_BYTES:
+                    accepted = await asyncio.to_thread(self._accept, call)
+                else:
+                    accepted = self._accept(call)
+            except ValueError as error:
+                raise ServiceError(StatusCode.INVALID_ARGUMENT, str(error)) from None
+            observer.accepted(accepted.request_id, len(accepted.prompt_ids), accepted.journals)
+            async with aclosing(self._stream(accepted, observer.progress)) as chunks:
+                async for chunk in chunks:
+                    observer.sending(chunk.delta)
+                    yield chunk
 
     def _accept(self, call: GenerateCall) -> Accepted:
         check_call(call, self._limits)
@@ -113,8 +121,14 @@ class Generator:
             texts=texts,
         )
 
-    async def _stream(self, accepted: Accepted) -> AsyncGenerator[Chunk]:
-        relay = Relay(accepted.journals, routers=self._routers, tokens=self._tokens, limits=self._relay_limits)
+    async def _stream(self, accepted: Accepted, progress: Sequence[ChoiceProgress]) -> AsyncGenerator[Chunk]:
+        relay = Relay(
+            accepted.journals,
+            routers=self._routers,
+            tokens=self._tokens,
+            limits=self._relay_limits,
+            progress=progress,
+        )
         is_first = is_open = True
         async with aclosing(relay.batches()) as batches:
             async for deltas in batches:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, cast
 from fastapi import FastAPI, Response
 from ray import serve
 
+from cluster.front.http_metrics import add_metrics_route
+
 if TYPE_CHECKING:
     from cluster.front.gateway import Gateway
 
@@ -20,6 +22,7 @@ def build_http_api() -> FastAPI:
         """200 while requests can be served, else 503."""
         return Response(status_code=200 if await _gateway().is_serving() else 503)
 
+    add_metrics_route(api, _gateway)
     return api
 
 

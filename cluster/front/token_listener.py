@@ -131,7 +131,7 @@ class TokenListener:
             if stream is None:
                 self.num_late_outputs += 1
             else:
-                stream.put(output, connection)
+                stream.put(output, connection, batch.router_id)
 
     def _break(self, connection: asyncio.StreamWriter, reason: str) -> None:
         """Tells the streams that this connection has fed; others may still hear of their router elsewhere."""

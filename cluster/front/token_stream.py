@@ -29,12 +29,14 @@ class TokenStream:
         self._error: str | None = None
         self._has_finished = False
         self._news = asyncio.Event()
-        # Filled by put: the connection that outputs come from; None before the first.
+        # Filled by put: the connection that outputs come from and its router; None and empty before the first.
         self.feeder: object | None = None
+        self.router_id = ""
 
-    def put(self, output: SequenceOutput, feeder: object) -> None:
+    def put(self, output: SequenceOutput, feeder: object, router_id: str = "") -> None:
         """Called by the listener, in the event loop."""
         self.feeder = feeder
+        self.router_id = router_id
         self._gathered.append(output)
         self._has_finished |= output.finish_reason is not None
         self._news.set()
@@ -89,6 +91,7 @@ def merge_outputs(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
         error_code=last.error_code,
         degraded=any(output.degraded for output in outputs),
         num_cached_tokens=max(output.num_cached_tokens for output in outputs),
+        first_step_s=outputs[0].first_step_s,
     )
 
 

@@ -140,7 +140,9 @@ PREFIX_CACHE_QUERIES = _counter("vllm:prefix_cache_queries", "Prompt tokens that
 PREFIX_CACHE_HITS = _counter("vllm:prefix_cache_hits", "Prompt tokens that were taken from the prefix cache.")
 ENGINE_STEPS = _counter("arriero:engine_steps", "Steps of all engines.")
 DEGRADED_TOKENS = _counter("arriero:degraded_tokens", "Tokens computed without one of their experts.")
-WAITING_TOKENS = _member_gauge("arriero:waiting_tokens", "Tokens a router must compute before its sequences can sample.")
+WAITING_TOKENS = _member_gauge(
+    "arriero:waiting_tokens", "Tokens a router must compute before its sequences can sample."
+)
 LOST_SHARDS = _member_gauge("arriero:lost_shards", "Shards that a router has lost.")
 STEP_SECONDS = _member_gauge("arriero:current_step_seconds", "How long a router's step under way has taken so far.")
 
@@ -153,7 +155,9 @@ ROUTER_METRICS = (
 
 SHARD_BUSY_SECONDS = _member_counter("arriero:shard_busy_seconds", "Time that a shard has spent computing.")
 SHARD_LANES = _member_gauge("arriero:shard_lanes", "Routers that are connected to a shard.")
-REFUSED_LANES = _counter("arriero:refused_lanes", "Lanes that shards closed for what they sent, by reason.", ("reason",))
+REFUSED_LANES = _counter(
+    "arriero:refused_lanes", "Lanes that shards closed for what they sent, by reason.", ("reason",)
+)
 REFUSED_ROWS = _counter("arriero:refused_row_requests", "Requests for rows that shards refused: another epoch, mostly.")
 
 SHARD_METRICS = (SHARD_BUSY_SECONDS, SHARD_LANES, REFUSED_LANES, REFUSED_ROWS)

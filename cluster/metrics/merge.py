@@ -1,9 +1,9 @@
 """From the numbers of single processes to those of the service. Pure.
 
-    gateway   {prompt_tokens: 5}   --+
-    gateway   {prompt_tokens: 7}   --+-->  prompt_tokens 5 + 7 + departed 100
-    departed  {prompt_tokens: 100} --+
-    router-a  {num_requests_running: 2}  -->  num_requests_running{member="router-a"} 2
+gateway   {prompt_tokens: 5}   --+
+gateway   {prompt_tokens: 7}   --+-->  prompt_tokens 5 + 7 + departed 100
+departed  {prompt_tokens: 100} --+
+router-a  {num_requests_running: 2}  -->  num_requests_running{member="router-a"} 2
 """
 
 from __future__ import annotations
