@@ -69,13 +69,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one step brought one request. A request's first step brings an output even if that is no token yet.
+    """What one step brought one request. One with a return_address gets an output of its first step even if that
+    brought no token yet.
 
-    prompt_logprobs comes whole, with the first output; its entry i belongs to prompt position i and the first
+    prompt_logprobs comes whole, with the first token; its entry i belongs to prompt position i and the first
     is None. logprobs, when asked for, has one entry per token of token_ids. error and error_code are set
     exactly when finish_reason is ERROR. degraded: a token of this request was computed without its routed
-    expert, now or earlier. num_cached_tokens: prompt tokens taken from the prefix cache. first_step_s: how long the
-    request's first step took, in the output of that step.
+    expert, now or earlier. num_cached_tokens: prompt tokens taken from the prefix cache. since_begin_s: in a
+    request's first output, how long ago its first step began.
     """
 
     request_id: str
@@ -88,7 +89,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     error_code: ErrorCode | None = None
     degraded: bool = False
     num_cached_tokens: int = 0
-    first_step_s: float | None = None
+    since_begin_s: float | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

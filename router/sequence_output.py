@@ -26,10 +26,10 @@ def sequence_output(
     failure: StepFailure | None = None,
 ) -> SequenceOutput:
     """Prompt log probabilities leave with the first token, and only once."""
-    first_step_s = None
+    since_begin_s = None
     if not sequence.has_spoken:
         sequence.has_spoken = True
-        first_step_s = None if sequence.began_at_s is None else time.perf_counter() - sequence.began_at_s
+        since_begin_s = None if sequence.began_at_s is None else time.perf_counter() - sequence.began_at_s
     prompt_logprobs = None
     if sampled is not None:
         prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
@@ -44,5 +44,5 @@ def sequence_output(
         error_code=None if failure is None else failure.code,
         degraded=sequence.degraded,
         num_cached_tokens=sequence.num_cached_tokens,
-        first_step_s=first_step_s,
+        since_begin_s=since_begin_s,
     )

@@ -148,8 +148,7 @@ def _print_text(tokenizer: Tokenizer, request: GenerateRequest, outputs: Iterabl
     for output in outputs:
         text = detokenizer.push(output.token_ids) if tokenizer.has_text else "".join(f"{i} " for i in output.token_ids)
         print(text, end="", flush=True)
-        if output.token_ids:
-            times_s.append(time.perf_counter())
+        times_s.append(time.perf_counter())
         num_tokens += len(output.token_ids)
         reason = output.finish_reason
         if output.error is not None:

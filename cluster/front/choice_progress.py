@@ -50,11 +50,11 @@ class ChoiceProgress:
             self.phase = Phase.DECODING
         elif self.phase is Phase.QUEUED:
             self.phase = Phase.PREFILL
-        if output.first_step_s is not None and not self._has_begun:
+        if output.since_begin_s is not None and not self._has_begun:
             self._has_begun = True
-            self._observe_queue_time(output.first_step_s)
+            self._observe_queue_time(output.since_begin_s)
 
-    def _observe_queue_time(self, first_step_s: float) -> None:
+    def _observe_queue_time(self, since_begin_s: float) -> None:
         assert self._submitted_s is not None, "what was not submitted is not heard of"
-        queued_s = self.last_news_s - first_step_s - self._submitted_s
+        queued_s = self.last_news_s - since_begin_s - self._submitted_s
         self._recorder.observe(REQUEST_QUEUE_TIME, max(0.0, queued_s))

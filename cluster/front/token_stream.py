@@ -91,7 +91,7 @@ def merge_outputs(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
         error_code=last.error_code,
         degraded=any(output.degraded for output in outputs),
         num_cached_tokens=max(output.num_cached_tokens for output in outputs),
-        first_step_s=outputs[0].first_step_s,
+        since_begin_s=outputs[0].since_begin_s,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from cluster.config import ServiceConfig
 from cluster.control.control_plane import ControlPlane, Outside, RetiringError
 from cluster.control.desired_state import DesiredState, decode_state, encode_state
+from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.control.shard_fleet import ShardDied, ShardReport, StartError
 from experts.epoch import Epoch, ShardAddress
@@ -170,7 +171,7 @@ def test_without_shards_a_router_holds_the_experts_and_reports_their_load(world:
         plane = await world.controller()
         welcome = await plane.join_router(router(), "p", world.values())
         assert welcome["epoch"] is None
-        plane.heartbeat(router(), [(1, 2, 9)])
+        plane.heartbeat(router(), MemberReport(load=[(1, 2, 9)]))
         view = plane.view()
         assert (view["epoch"], view["shards"], view["load"]) == (1, [], [[1, 2, 9]])
 
@@ -222,7 +223,7 @@ def test_a_router_whose_process_ended_is_dead_and_one_that_is_silent_suspect(wor
         world.probe.dead.add("router-1")
         world.now_s += 1.0
         await until(lambda: [member["state"] for member in plane.view()["routers"]] == ["dead", "suspect"])
-        assert plane.heartbeat(router("router-2"), [])["num_ready_routers"] == 1
+        assert plane.heartbeat(router("router-2"), MemberReport())["num_ready_routers"] == 1
         runs.cancel()
 
     run(act)
@@ -284,9 +285,9 @@ def test_a_reborn_controller_adopts_shards_and_keeps_epoch_and_secrets_in_a_new_
 def test_a_reborn_controller_learns_of_its_members_from_their_heartbeats(world: World) -> None:
     async def act() -> None:
         plane = await world.controller()
-        assert plane.heartbeat(router(), [])["known"] is False
+        assert plane.heartbeat(router(), MemberReport())["known"] is False
         plane.take_in(router(), "p")
-        assert plane.heartbeat(router(), [])["known"] is True
+        assert plane.heartbeat(router(), MemberReport())["known"] is True
         assert [member["id"] for member in plane.view()["routers"]] == ["router-1"]
 
     run(act)
