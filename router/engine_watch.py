@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from router.messages import Heartbeat
 
-# Heartbeats come every second; a step of a long prompt may well take a few.
-SILENT_AFTER_S = 3.0
-SLOW_AFTER_S = 10.0
-
 
 class EngineWatch:
     """Names each trouble when it begins and again whenever it has lasted twice as long."""
 
-    def __init__(self, *, silent_after_s: float = SILENT_AFTER_S, slow_after_s: float = SLOW_AFTER_S) -> None:
+    def __init__(self, *, silent_after_s: float, slow_after_s: float) -> None:
         self._first_s = {"silent": silent_after_s, "slow": slow_after_s}
         self._patience_s = dict(self._first_s)
 

@@ -24,10 +24,13 @@ __all__ = ["EngineDiedError", "Router", "RouterTimeouts"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterTimeouts:
     """start_s: until the engine is ready. heartbeat_s: silence after which it is ill. step_s: a step that takes
-    longer hangs; it must allow for lost shards that are waited for. close_s: for each way of ending the process."""
+    longer hangs; it must allow for lost shards that are waited for. Both are named in the log before, after silent_s
+    and slow_step_s. close_s: for each way of ending the process."""
 
     start_s: float
+    silent_s: float = 3.0
     heartbeat_s: float = 10.0
+    slow_step_s: float = 10.0
     step_s: float = 300.0
     close_s: float = 3.0
 
@@ -49,7 +52,7 @@ class Router:
         self._timeouts = timeouts
         self._on_death = on_death
         self._is_ready = threading.Event()
-        self._watch = EngineWatch()
+        self._watch = EngineWatch(silent_after_s=timeouts.silent_s, slow_after_s=timeouts.slow_step_s)
         self._client = EngineClient(on_death=self._tell_death, module=module)
 
     @property

@@ -173,7 +173,7 @@ SHARED_METRICS = (EXPERT_ROWS, RESIDENT_MEMORY)
 
 # Known to the controller.
 
-EPOCH = _gauge("arriero:epoch", "Number of the epoch in force, 0 without shards.")
+EPOCH = _gauge("arriero:epoch", "Number of the epoch in force, 0 before the first.")
 MEMBERS = _gauge("arriero:members", "Processes of the service, by kind and state.", ("kind", "state"))
 EXPERT_LOAD_IMBALANCE = _gauge(
     "arriero:expert_load_imbalance",

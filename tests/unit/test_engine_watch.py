@@ -25,14 +25,14 @@ def complaints(watch: EngineWatch, *, silence_s: float = 0.0, step_s: float = 0.
 
 
 def test_a_step_is_named_when_it_is_slow_and_at_each_doubling() -> None:
-    watch = EngineWatch(slow_after_s=10.0)
+    watch = EngineWatch(silent_after_s=3.0, slow_after_s=10.0)
     found = {seconds: complaints(watch, step_s=float(seconds)) for seconds in range(1, 45)}
     assert [seconds for seconds, lines in found.items() if lines] == [10, 20, 40]
     assert found[20] == ["step 41 has taken 20.0 s so far, with 2 running and 1 waiting sequences before it"]
 
 
 def test_a_silence_is_named_also_before_the_first_heartbeat_and_anew_after_a_word() -> None:
-    watch = EngineWatch(silent_after_s=3.0)
+    watch = EngineWatch(silent_after_s=3.0, slow_after_s=10.0)
     assert watch.complaints(silence_s=3.5, heartbeat=None) == ["the engine process has been silent for 3.5 s"]
     assert complaints(watch, silence_s=5.0) == []
     assert complaints(watch, silence_s=0.1) == []
