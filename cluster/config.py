@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from experts.logs import LogSettings
+
 APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_PORT = 65535
 
@@ -101,6 +103,17 @@ class ServiceConfig(BaseModel):
         30.0, ge=0, description="How long the application must be gone from Serve before the shards are removed."
     )
 
+    log_format: Literal["text", "json"] = Field("text", description="Form of each line of the log.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="From which severity on our own processes log. debug: a line about each request everywhere."
+    )
+    access_log: Literal["auto", "on", "off"] = Field(
+        "auto", description="A line for each request that has ended. auto: under load a summary every ten seconds."
+    )
+    slow_request_s: float = Field(
+        30.0, ge=0, description="How long a request may stand still before the log names it. 0: for ever."
+    )
+
     router_threads: int | None = Field(
         None, ge=1, description="CPU threads of each router. Default: the machine's cores shared out evenly."
     )
@@ -110,6 +123,10 @@ class ServiceConfig(BaseModel):
     gateway_num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray sets aside for each gateway.")
     router_num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray sets aside for each router.")
     shard_num_cpus: float = Field(0.1, gt=0, description="CPUs that Ray sets aside for each shard.")
+
+    @property
+    def log_settings(self) -> LogSettings:
+        return LogSettings(format=self.log_format, level=self.log_level)
 
     @field_validator("app_name")
     @classmethod

@@ -12,9 +12,12 @@ import ray
 
 from cluster.config import parse_config
 from cluster.control.controller_link import ControllerLink
+from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.engine_settings import engine_settings
-from cluster.logs import configure_logging
+from cluster.metrics.member_snapshots import router_snapshot
+from experts.logs import configure_logging
+from experts.process_memory import resident_bytes
 from router.messages import EngineStats, Start
 from router.replica import EngineDiedError, Router, RouterTimeouts
 
@@ -29,19 +32,21 @@ class RouterReplica:
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         """config: a ServiceConfig as a plain dict. Serve awaits this. Raises what keeps the router from starting."""
-        configure_logging()
         self._router: Router | None = None
         self._link: ControllerLink | None = None
+        self._is_leaving = threading.Event()
         service = parse_config(config)
         router_id = MemberId(f"router-{secrets.token_hex(3)}")
+        configure_logging(service.log_settings, process=router_id)
         node_id = ray.get_runtime_context().get_node_id()
         self._member = Member(
             member_id=router_id, kind=MemberKind.ROUTER, pid=0, node_id=node_id, state=MemberState.STARTING
         )
         self._link = ControllerLink(service)
         welcome = await self._link.join_router(self._member)
-        self._holds_experts = welcome["epoch"] is None
-        self._router = Router(timeouts=RouterTimeouts(start_s=service.start_timeout_s), on_death=_leave_with_engine)
+        self._router = Router(
+            timeouts=RouterTimeouts(start_s=service.start_timeout_s), on_death=self._leave_with_engine
+        )
         ready = await self._router.start(_start_message(router_id, welcome))
         self._member = Member(
             member_id=router_id, kind=MemberKind.ROUTER, pid=ready.pid, node_id=node_id, state=MemberState.READY
@@ -67,22 +72,36 @@ class RouterReplica:
         try:
             self._router.check_health()
         except EngineDiedError as error:
-            _leave_with_engine(str(error))
+            self._leave_with_engine(str(error))
             raise
 
     def __del__(self) -> None:
         """Called by Serve at the end of a graceful shutdown, and once more by Python."""
         link, self._link = self._link, None
-        router, self._router = self._router, None
         if link is not None:
             link.leave(self._member)
+        router, self._router = self._router, None
         if router is not None:
             router.close()
 
-    def _report(self) -> tuple[Member, list[tuple[int, int, int]]]:
+    def _leave_with_engine(self, reason: str) -> None:
+        """A replica without a working engine would draw requests, being the least busy; Serve replaces a dead one at
+        once. What is left of the engine ends with us. From any thread; only the first call counts."""
+        if self._is_leaving.is_set():
+            return
+        self._is_leaving.set()
+        logger.error("the engine is lost, this replica ends: %s", reason)
+        timer = threading.Timer(FAREWELL_S, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    def _report(self) -> tuple[Member, MemberReport]:
         stats = None if self._router is None else self._router.stats
-        load = stats.expert_load if self._holds_experts and stats is not None else []
-        return self._member, load
+        if self._router is None or stats is None:
+            return self._member, MemberReport()
+        memory = resident_bytes(self._member.pid)
+        metrics = router_snapshot(stats, step_s=self._router.step_s, resident_bytes=memory)
+        return self._member, MemberReport(load=stats.expert_load, metrics=metrics)
 
 
 def _start_message(router_id: str, welcome: dict[str, Any]) -> Start:
@@ -94,12 +113,3 @@ def _start_message(router_id: str, welcome: dict[str, Any]) -> Start:
         weights_version=welcome["weights_version"],
         epoch=welcome["epoch"],
     )
-
-
-def _leave_with_engine(reason: str) -> None:
-    """A replica without a working engine would draw requests, being the least busy; Serve replaces a dead one at
-    once. What is left of the engine ends with us."""
-    logger.error("the engine is lost, this replica ends: %s", reason)
-    timer = threading.Timer(FAREWELL_S, os._exit, (1,))
-    timer.daemon = True
-    timer.start()

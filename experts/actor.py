@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import ray
 
 from experts.epoch import Epoch, ShardAddress
+from experts.logs import configure_logging
+from experts.process_memory import resident_bytes
 from experts.shard_spec import ShardSpec
 
 
@@ -26,7 +27,7 @@ class ExpertShardActor:
         from experts.server import ShardServer
         from experts.shard_loader import load_shard
 
-        logging.basicConfig(level=logging.INFO)
+        configure_logging(spec.log, process=spec.shard_id)
         self._spec = spec
         self._node_id = ray.get_runtime_context().get_node_id()
         self._shard = load_shard(spec)
@@ -64,6 +65,7 @@ class ExpertShardActor:
             "num_refused_requests": server.num_refused_requests,
             "epochs": list(self._shard.epochs),
             "num_bytes": self._shard.num_bytes,
+            "resident_bytes": resident_bytes(),
         }
 
     def drain(self, timeout_s: float = 30.0) -> None:

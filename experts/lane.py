@@ -9,6 +9,7 @@ Shapes: T tokens, D model, K top-k, R routed rows.
 
 from __future__ import annotations
 
+import logging
 import selectors
 import time
 import zlib
@@ -25,6 +26,8 @@ from experts.placement import ShardId, Slot
 from experts.routed_rows import ExpertSpan, RoutedRows, route_rows
 from experts.transport.base import Connector, Link, LinkError
 from experts.transport.tcp import connect as connect_tcp
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -260,6 +263,7 @@ class LaneDispatcher:
         layers = sorted({request.header.identity.layer for request in owed})
         where = f"layer {', '.join(map(str, layers))}" if layers else "no rows under way"
         self.lost[shard_id] = f"shard {self._epoch.address_of(shard_id)}, {where}, phase {phase}: {why}"
+        logger.error("lost %s", self.lost[shard_id])
         for request in owed:
             request.handle.num_pending -= 1
             self._send(request.handle, request.spans)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from experts.expert_shape import ExpertShape
+from experts.logs import LogSettings
 from experts.placement import ShardId, Slot
 
 
@@ -22,3 +23,4 @@ class ShardSpec:
     num_threads: int
     secret: bytes
     weights_version: int
+    log: LogSettings = field(default_factory=LogSettings)

@@ -215,6 +215,9 @@ class Engine:
             self._block_manager.advance(sequence, part.scheduled.num_tokens)
             if sequence in sampled:
                 outputs.append(self._append(sequence, sampled[sequence]))
+            elif sequence.request.return_address and not sequence.has_spoken:
+                # Its gateway shall know that it has begun.
+                outputs.append(sequence_output(sequence))
         return outputs
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> SequenceOutput:

@@ -118,7 +118,7 @@ def _make_dispatcher(
         )
         _check_step_size(start.settings, config, lanes)
         for shard_id, reason in lanes.lost.items():
-            logger.warning("%s is lost from the start: %s", shard_id, reason)
+            logger.error("%s is lost from the start: %s", shard_id, reason)
         return lanes, None
     slots = [Slot(layer, expert) for layer in config.moe_layers for expert in range(config.num_local_experts)]
     shard = Shard(

@@ -53,6 +53,13 @@ class EngineClient:
     def num_open(self) -> int:
         return len(self._open)
 
+    def oldest_open(self, at_most: int = 3) -> str:
+        """The calls that have been open for longest, for a log line; "none" where there are none."""
+        with self._lock:
+            names = [request_id for request_id, _attempt in self._open]
+        more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+        return ", ".join(names[:at_most]) + more if names else "none"
+
     def start(self, start: Start, timeout_s: float) -> Ready:
         """Builds the engine. Raises EngineDiedError, with the engine's own reason where it has one; then close it."""
         self._child.send(start)
@@ -80,17 +87,26 @@ class EngineClient:
         """Of the last heartbeat; None before the first."""
         return None if self._heartbeat is None else self._heartbeat.stats
 
+    @property
+    def heartbeat(self) -> Heartbeat | None:
+        """The last one; None before the first."""
+        return self._heartbeat
+
+    @property
+    def silence_s(self) -> float:
+        """Since anything was last heard of the engine process."""
+        return time.monotonic() - self._heard_at
+
     def check_health(self, *, heartbeat_timeout_s: float, step_timeout_s: float) -> None:
         """Raises EngineDiedError when the engine has ended, has been silent for too long, or hangs in a step."""
         if self._death is not None:
             raise EngineDiedError(self._death)
-        silence_s = time.monotonic() - self._heard_at
+        silence_s = self.silence_s
         if silence_s > heartbeat_timeout_s:
             raise EngineDiedError(f"engine process {self.pid} has sent no heartbeat for {silence_s:.1f} s")
         if self._heartbeat is not None and self._heartbeat.step_s > step_timeout_s:
-            step = self._heartbeat.stats.num_steps
             raise EngineDiedError(
-                f"engine process {self.pid} hangs in step {step} since {self._heartbeat.step_s:.1f} s"
+                f"engine process {self.pid} hangs in step {self._heartbeat.step} since {self._heartbeat.step_s:.1f} s"
             )
 
     def close(self, timeout_s: float) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from router.choice_id import log_fields
 from router.heartbeat import HeartbeatThread
 from router.messages import (
     Abort,
@@ -24,6 +26,8 @@ from router.messages import (
     ToEngine,
 )
 from router.token_links import TokenLinks
+
+logger = logging.getLogger(__name__)
 
 # While bytes wait for a gateway that reads slowly, and otherwise: how long the idle loop sleeps between two looks.
 _BACKLOG_WAIT_S = 0.01
@@ -141,11 +145,19 @@ class EngineLoop:
         except ValueError as error:
             self._refuse(request, str(error))
             return
+        logger.debug(
+            "attempt %d begins: %d prompt tokens, %d resumed",
+            request.attempt,
+            len(request.prompt_ids),
+            len(request.resume_ids),
+            extra=log_fields(request.request_id),
+        )
         self._open[request.request_id] = OpenRequest(attempt=request.attempt, return_address=request.return_address)
         begun = RequestAttempt(request_id=request.request_id, attempt=request.attempt)
         self._begun[request.return_address].append(begun)
 
     def _refuse(self, request: GenerateRequest, error: str) -> None:
+        logger.debug("refused: %s", error, extra=log_fields(request.request_id))
         self._send(
             Finished(
                 request_id=request.request_id,
@@ -198,6 +210,7 @@ class EngineLoop:
     def _finish(self, output: SequenceOutput) -> None:
         assert output.finish_reason is not None
         del self._open[output.request_id]
+        logger.debug("ended: %s", output.error or output.finish_reason, extra=log_fields(output.request_id))
         self._send(
             Finished(
                 request_id=output.request_id,
@@ -211,6 +224,7 @@ class EngineLoop:
     def _abort(self, request_id: str, error: str | None = None) -> None:
         """error: why, where the client did not ask for it."""
         opened = self._open.pop(request_id)
+        logger.debug("aborted: %s", error or "as told", extra=log_fields(request_id))
         self._engine.abort(request_id)
         self._send(
             Finished(
@@ -238,6 +252,9 @@ class EngineLoop:
             self._abort_attempt(abort, address)
         if not lost:
             return
+        for address, reason in lost.items():
+            num_open = sum(opened.return_address == address for opened in self._open.values())
+            logger.warning("gateway %s is lost, its %d requests are aborted: %s", address, num_open, reason)
         for request_id, opened in tuple(self._open.items()):
             if opened.return_address in lost:
                 self._abort(request_id, lost[opened.return_address])

@@ -19,6 +19,7 @@ class HeartbeatThread:
         self._stats = stats
         self._stats_time = time.monotonic()
         self._step_began: float | None = None
+        self._step = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -33,6 +34,7 @@ class HeartbeatThread:
         self._stats_time = time.monotonic()
 
     def step_begins(self) -> None:
+        self._step += 1
         self._step_began = time.monotonic()
 
     def step_ended(self) -> None:
@@ -47,4 +49,4 @@ class HeartbeatThread:
         while not self._stopped.wait(self._interval_s):
             began = self._step_began
             step_s = 0.0 if began is None else time.monotonic() - began
-            self._send(Heartbeat(stats=self._stats, step_s=step_s))
+            self._send(Heartbeat(stats=self._stats, step_s=step_s, step=self._step))

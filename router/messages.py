@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from experts.logs import LogSettings
 from router.sampling_params import SamplingParams
 
 
@@ -68,13 +69,15 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     top: list[tuple[int, float]] = []
 
 
-class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step brought one request.
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step brought one request. One with a return_address gets an output of its first step even if that
+    brought no token yet.
 
-    prompt_logprobs comes whole, with the first output; its entry i belongs to prompt position i and the first
+    prompt_logprobs comes whole, with the first token; its entry i belongs to prompt position i and the first
     is None. logprobs, when asked for, has one entry per token of token_ids. error and error_code are set
     exactly when finish_reason is ERROR. degraded: a token of this request was computed without its routed
-    expert, now or earlier. num_cached_tokens: prompt tokens taken from the prefix cache.
+    expert, now or earlier. num_cached_tokens: prompt tokens taken from the prefix cache. since_begin_s: in a
+    request's first output, how long ago its first step began.
     """
 
     request_id: str
@@ -87,6 +90,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
     error_code: ErrorCode | None = None
     degraded: bool = False
     num_cached_tokens: int = 0
+    since_begin_s: float | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,6 +153,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     kv_memory_share: float | None = None
     on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.FAIL
     lane_timeout_s: float = 30.0
+    log: LogSettings = LogSettings()
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -204,10 +209,11 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Sent every second, from a thread of its own. step_s is how long the step under way has taken so far, 0
-    between steps: stats.num_steps that stands still while step_s grows is a step that hangs."""
+    between steps; step is its number, from 1, or that of the last one. stats are older: of before the step."""
 
     stats: EngineStats
     step_s: float
+    step: int
 
 
 ToEngine = Start | Add | Abort | Shutdown

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import msgspec
 
+from experts.logs import LogSettings, configure_logging
 from router.engine_loop import BuiltEngine, EngineLoop
 from router.heartbeat import HeartbeatThread
 from router.messages import Failed, FromEngine, Ready, Shutdown, Start, ToEngine, decode_to_engine, encode
@@ -69,16 +70,18 @@ def serve(pipe: ReplicaPipe, build: BuildEngine) -> int:
     if isinstance(start, Shutdown):
         return 0
     assert isinstance(start, Start), f"the first message must be Start, not {type(start).__name__}"
+    configure_logging(start.settings.log, process=f"{start.router_id}-engine")
     try:
         built = build(start)
     except Exception as error:
-        logger.exception("the engine of %s cannot start", start.router_id)
+        # What our own checks say speaks for itself.
+        logger.error("the engine cannot start: %s", describe(error), exc_info=not is_expected(error))
         pipe.send(Failed(error=describe(error)))
         return 1
     try:
         run(pipe, start, built)
     except Exception as error:
-        logger.exception("the engine of %s has failed", start.router_id)
+        logger.exception("the engine has failed")
         pipe.send(Failed(error=f"a step failed: {describe(error)}"))
         return 1
     return 0
@@ -99,9 +102,12 @@ def run(pipe: ReplicaPipe, start: Start, built: BuiltEngine) -> None:
 
 def describe(error: Exception) -> str:
     """A sentence for the operator. Our own errors speak for themselves; others need their type."""
-    if isinstance(error, (ValueError, OSError)) and str(error):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    return str(error) if is_expected(error) else f"{type(error).__name__}: {error}"
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether the error is of a kind that our own checks raise, with a sentence."""
+    return isinstance(error, (ValueError, OSError)) and bool(str(error))
 
 
 def enter(fd: int, parent_pid: int) -> ReplicaPipe:
@@ -110,7 +116,8 @@ def enter(fd: int, parent_pid: int) -> ReplicaPipe:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent_pid)
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(process)d: %(message)s")
+    # Until the replica says how.
+    configure_logging(LogSettings(), process="engine")
     return ReplicaPipe(fd)
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from router.choice_id import log_fields
 from router.engine_client import EngineClient, EngineDiedError
+from router.engine_watch import EngineWatch
 from router.messages import EngineStats, ErrorCode, Finished, FinishReason, Ready, Start, decode_request, encode
 
 logger = logging.getLogger(__name__)
@@ -22,10 +24,13 @@ __all__ = ["EngineDiedError", "Router", "RouterTimeouts"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterTimeouts:
     """start_s: until the engine is ready. heartbeat_s: silence after which it is ill. step_s: a step that takes
-    longer hangs; it must allow for lost shards that are waited for. close_s: for each way of ending the process."""
+    longer hangs; it must allow for lost shards that are waited for. Both are named in the log before, after silent_s
+    and slow_step_s. close_s: for each way of ending the process."""
 
     start_s: float
+    silent_s: float = 3.0
     heartbeat_s: float = 10.0
+    slow_step_s: float = 10.0
     step_s: float = 300.0
     close_s: float = 3.0
 
@@ -47,6 +52,7 @@ class Router:
         self._timeouts = timeouts
         self._on_death = on_death
         self._is_ready = threading.Event()
+        self._watch = EngineWatch(silent_after_s=timeouts.silent_s, slow_after_s=timeouts.slow_step_s)
         self._client = EngineClient(on_death=self._tell_death, module=module)
 
     @property
@@ -57,6 +63,11 @@ class Router:
     def stats(self) -> EngineStats | None:
         """Of the last heartbeat, at most a second old; None before the first."""
         return self._client.stats()
+
+    @property
+    def step_s(self) -> float:
+        """How long the engine's step under way has taken, by the last heartbeat; 0 between steps."""
+        return 0.0 if self._client.heartbeat is None else self._client.heartbeat.step_s
 
     async def start(self, start: Start) -> Ready:
         """Returns when the engine serves. Raises EngineDiedError saying why it does not; the process is then gone."""
@@ -82,10 +93,17 @@ class Router:
             decoded = decode_request(request)
         except msgspec.DecodeError as error:
             return encode(_refusal(str(error)))
-        return encode(await self._client.generate(decoded))
+        logger.debug("to the engine: attempt %d", decoded.attempt, extra=log_fields(decoded.request_id))
+        finished = await self._client.generate(decoded)
+        logger.debug("the engine has ended it: %s", finished.finish_reason, extra=log_fields(decoded.request_id))
+        return encode(finished)
 
     def check_health(self) -> None:
-        """Raises EngineDiedError when the engine has ended, is silent, or hangs in a step."""
+        """Raises EngineDiedError when the engine has ended, is silent, or hangs in a step; logs what may become one
+        of these. To be called about once a second."""
+        silence_s, heartbeat = self._client.silence_s, self._client.heartbeat
+        for complaint in self._watch.complaints(silence_s=silence_s, heartbeat=heartbeat):
+            logger.warning("%s; open: %s", complaint, self._client.oldest_open())
         self._client.check_health(heartbeat_timeout_s=self._timeouts.heartbeat_s, step_timeout_s=self._timeouts.step_s)
 
     def close(self) -> None:

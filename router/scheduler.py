@@ -12,6 +12,7 @@ does not), every sequence ends.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, hit: PrefixHit) -> None:
         self._block_manager.adopt(sequence, hit)
+        sequence.began_at_s = sequence.began_at_s or time.perf_counter()
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = min(hit.num_tokens, sequence.num_prompt_tokens)
             self.num_cached_tokens += sequence.num_cached_tokens

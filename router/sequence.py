@@ -29,6 +29,8 @@ class Sequence:
     block_hashes: the chain over the first full blocks, as far as it was needed; grown by the block manager.
     prompt_logprobs: None unless asked for; entry i belongs to prompt position i, collected as the prompt is
     computed, taken away when sent.
+    began_at_s: of time.perf_counter(), when the first step was scheduled; set by the scheduler. has_spoken: whether
+    an output has been made of it.
     """
 
     request: GenerateRequest
@@ -42,6 +44,8 @@ class Sequence:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     degraded: bool = False
+    began_at_s: float | None = None
+    has_spoken: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     global_blocks: list[int] = field(default_factory=list)
     local_blocks: list[int] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from router.messages import ErrorCode, FinishReason, SequenceOutput
@@ -25,6 +26,10 @@ def sequence_output(
     failure: StepFailure | None = None,
 ) -> SequenceOutput:
     """Prompt log probabilities leave with the first token, and only once."""
+    since_begin_s = None
+    if not sequence.has_spoken:
+        sequence.has_spoken = True
+        since_begin_s = None if sequence.began_at_s is None else time.perf_counter() - sequence.began_at_s
     prompt_logprobs = None
     if sampled is not None:
         prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
@@ -39,4 +44,5 @@ def sequence_output(
         error_code=None if failure is None else failure.code,
         degraded=sequence.degraded,
         num_cached_tokens=sequence.num_cached_tokens,
+        since_begin_s=since_begin_s,
     )

@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -26,18 +27,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gRPC address of the service. Default: the one started last on this machine. The admin token comes "
         f"from the service's file in {state_folder()} or from ${TOKEN_ENV}.",
     )
+    parser.add_argument(
+        "--requests", action="store_true", help="Show the oldest requests under way instead of the members."
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
 
 def run(arguments: argparse.Namespace) -> int:
     address, token = find_service(arguments.address)
     try:
-        view = get_view(address, token)
+        print(
+            _requests(address, token, arguments.json) if arguments.requests else _view(address, token, arguments.json)
+        )
     except grpc.RpcError as error:
         print(f"arriero status: {address}: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
-    print(json.dumps(view_to_json(view)) if arguments.json else view_to_table(address, view))
     return 0
+
+
+def _view(address: str, token: str, as_json: bool) -> str:
+    view = get_view(address, token)
+    return json.dumps(view_to_json(view)) if as_json else view_to_table(address, view)
+
+
+def _requests(address: str, token: str, as_json: bool) -> str:
+    found = list_requests(address, token)
+    return json.dumps(requests_to_json(found)) if as_json else requests_to_table(address, found)
 
 
 def find_service(address: str | None) -> tuple[str, str]:
@@ -51,11 +66,30 @@ def find_service(address: str | None) -> tuple[str, str]:
 
 def get_view(address: str, token: str) -> admin_pb2.GetViewResponse:
     """Raises grpc.RpcError, within TIMEOUT_S."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        response: admin_pb2.GetViewResponse = admin_pb2_grpc.AdminServiceStub(channel).GetView(
-            admin_pb2.GetViewRequest(), timeout=TIMEOUT_S, metadata=(("authorization", f"Bearer {token}"),)
+    with _admin(address) as admin:
+        response: admin_pb2.GetViewResponse = admin.GetView(
+            admin_pb2.GetViewRequest(), timeout=TIMEOUT_S, metadata=_metadata(token)
         )
     return response
+
+
+def list_requests(address: str, token: str) -> admin_pb2.ListRequestsResponse:
+    """Raises grpc.RpcError, within TIMEOUT_S."""
+    with _admin(address) as admin:
+        response: admin_pb2.ListRequestsResponse = admin.ListRequests(
+            admin_pb2.ListRequestsRequest(), timeout=TIMEOUT_S, metadata=_metadata(token)
+        )
+    return response
+
+
+@contextmanager
+def _admin(address: str) -> Iterator[admin_pb2_grpc.AdminServiceStub]:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        yield admin_pb2_grpc.AdminServiceStub(channel)
+
+
+def _metadata(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
 
 
 def view_to_json(view: admin_pb2.GetViewResponse) -> dict[str, Any]:
@@ -88,6 +122,33 @@ def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
     hottest = sorted(view.load, key=lambda load: -load.tokens)[:NUM_HOTTEST]
     load = ", ".join(f"layer {each.layer} expert {each.expert}: {each.tokens}" for each in hottest if each.tokens)
     return "\n".join([f"{address}  epoch {view.epoch}", *_align(rows), f"most used: {load or 'nothing yet'}"])
+
+
+def requests_to_json(found: admin_pb2.ListRequestsResponse) -> dict[str, Any]:
+    names = [field.name for field in admin_pb2.OpenRequest.DESCRIPTOR.fields]
+    requests = [{name: getattr(request, name) for name in names} for request in found.requests]
+    return {"num_open": found.num_open, "requests": requests}
+
+
+def requests_to_table(address: str, found: admin_pb2.ListRequestsResponse) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("REQUEST", "CHOICE", "GATEWAY", "ROUTER", "PHASE", "AGE", "IDLE", "PROMPT", "TOKENS")
+    ]
+    rows += [
+        (
+            request.request_id,
+            str(request.choice_index),
+            request.gateway_id,
+            request.router_id or "-",
+            request.phase + (f" (attempt {request.attempt})" if request.attempt > 0 else ""),
+            f"{request.age_s:.1f} s",
+            f"{request.idle_s:.1f} s",
+            str(request.num_prompt_tokens),
+            str(request.num_completion_tokens),
+        )
+        for request in found.requests
+    ]
+    return "\n".join([f"{address}  {found.num_open} open, oldest first", *_align(rows)])
 
 
 def _row(role: str, member: admin_pb2.Member, experts: str = "", tokens: str = "") -> tuple[str, ...]:

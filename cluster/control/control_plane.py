@@ -11,18 +11,23 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from cluster.config import ServiceConfig, parse_config
 from cluster.control.desired_state import DesiredState, Memory, Store
 from cluster.control.expert_tier import WEIGHTS_VERSION, ExpertTier
 from cluster.control.load_ledger import LoadLedger
+from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
 from cluster.control.reconcile import AppWatch, shard_changes
+from cluster.control.report_book import ReportBook
 from cluster.control.shard_fleet import ShardDied, ShardFleet, ShardPool
+from cluster.metrics.member_snapshots import controller_snapshot
+from cluster.metrics.merge import ServiceNumbers
 from cluster.service_model import resolve
 from experts.placement import ShardId
+from experts.process_memory import resident_bytes
 
 logger = logging.getLogger("arriero.controller")
 
@@ -70,6 +75,10 @@ class ControlPlane:
             suspect_after_s=SUSPECT_AFTER_HEARTBEATS * config.heartbeat_s, forget_dead_after_s=FORGET_DEAD_AFTER_S
         )
         self._ledger = LoadLedger()
+        self._reports = ReportBook(memory.state.departed)
+        # A controller that is reborn does not know at once what its members have counted.
+        gathering_s = SUSPECT_AFTER_HEARTBEATS * config.heartbeat_s if memory.state.term > 1 else 0.0
+        self._all_known_at_s = outside.clock() + gathering_s
         self._processes: dict[MemberId, Any] = {}
         self._app_watch = AppWatch(gone_after_s=config.app_gone_s)
         self._tier = ExpertTier(
@@ -120,26 +129,46 @@ class ControlPlane:
         self.take_in(member, process)
         return {"secret": self.state.secret, "term": self.state.term, "admin_token": self.state.admin_token}
 
-    def take_in(self, member: Member, process: Any) -> None:
+    def take_in(self, member: Member, process: Any, report: MemberReport | None = None) -> None:
         """Knows the member from now on. process is what the probe takes."""
         if self._membership.report(member, self._now()):
             self._processes[member.member_id] = process
+            if report is not None:
+                self._take(member.member_id, report)
 
-    def heartbeat(self, member: Member, load: list[tuple[int, int, int]]) -> dict[str, Any]:
-        """load: (layer, expert, tokens) since the member's start, of routers that hold experts themselves.
-
-        known is False for a member that this controller has not met: it should call take_in.
-        """
+    def heartbeat(self, member: Member, report: MemberReport) -> dict[str, Any]:
+        """known is False for a member that this controller has not met: it should call take_in."""
         known = member.member_id in self._membership
-        if known and self._membership.report(member, self._now()) and load:
-            self._ledger.report(member.member_id, load)
+        if known and self._membership.report(member, self._now()):
+            self._take(member.member_id, report)
         num_ready = self._membership.num_ready(MemberKind.ROUTER, self._now())
         return {"known": known, "term": self.state.term, "num_ready_routers": num_ready}
 
-    def leave(self, member_id: MemberId) -> None:
-        """The member ends as it should."""
+    def leave(self, member_id: MemberId, report: MemberReport | None = None) -> None:
+        """The member ends as it should; report: its last."""
+        if report is not None and member_id in self._membership:
+            self._take(member_id, report)
         self._membership.leave(member_id)
         self._forget(member_id)
+
+    def numbers(self) -> ServiceNumbers | None:
+        """For metrics. None while a reborn controller has not heard of everybody yet."""
+        if self._now() < self._all_known_at_s:
+            return None
+        numbers = self._reports.numbers()
+        epoch = self.state.epoch
+        numbers.living[str(self._me.member_id)] = controller_snapshot(
+            epoch=epoch["number"] if epoch else 0,
+            members=[self._me, *(member for kind in MemberKind for member in self._members(kind))],
+            imbalance=self._ledger.imbalance(),
+            resident_bytes=resident_bytes(),
+        )
+        return numbers
+
+    def open_choices(self, at_most: int) -> dict[str, Any]:
+        """What AdminService.ListRequests tells: the oldest open choices of all gateways, as of their last reports."""
+        num_open, oldest = self._reports.open_choices(self._now(), at_most=at_most)
+        return {"num_open": num_open, "choices": [{**asdict(choice), "gateway_id": str(who)} for who, choice in oldest]}
 
     def view(self) -> dict[str, Any]:
         """What `arriero status --json` prints."""
@@ -198,9 +227,20 @@ class ControlPlane:
     def _members(self, kind: MemberKind) -> tuple[Member, ...]:
         return self._membership.of_kind(kind, self._now())
 
+    def _take(self, member_id: MemberId, report: MemberReport) -> None:
+        self._reports.take(member_id, report, self._now())
+        if report.load:
+            self._ledger.report(member_id, report.load)
+
+    def _note_death(self, member_id: MemberId, reason: str) -> None:
+        if self._membership.mark_dead(member_id, self._now()):
+            logger.error("%s died: %s", member_id, reason)
+            self._reports.close(member_id)
+
     def _forget(self, member_id: MemberId) -> None:
         self._processes.pop(member_id, None)
         self._ledger.close(member_id)
+        self._reports.close(member_id)
 
     def _now(self) -> float:
         return self._outside.clock()
@@ -210,6 +250,8 @@ class ControlPlane:
             await asyncio.gather(self._look_at_shards(), self._look_at_processes())
             for member_id in self._membership.forget_old_dead(self._now()):
                 self._forget(member_id)
+            if self._reports.departed is not self.state.departed:
+                await self._memory.change(departed=self._reports.departed)
             await asyncio.sleep(self._tier.config.heartbeat_s)
 
     async def _watch_app(self) -> None:
@@ -241,21 +283,20 @@ class ControlPlane:
         except ShardDied as error:
             # While the tier comes up a shard may not exist yet; the tier itself tells of one that cannot start.
             if is_up:
-                logger.error("%s died: %s", shard.member_id, error)
-                self._membership.mark_dead(shard.member_id, self._now())
+                self._note_death(shard.member_id, str(error))
             return
         state = MemberState.READY if is_up else MemberState.STARTING
         if shard.member_id in self._membership:
             seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
-            self._membership.report(seen, self._now())
-            self._ledger.report(shard.member_id, report.load)
+            if self._membership.report(seen, self._now()):
+                self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
 
     async def _look_at_processes(self) -> None:
         await asyncio.gather(*(self._look_at_process(*entry) for entry in list(self._processes.items())))
 
     async def _look_at_process(self, member_id: MemberId, process: Any) -> None:
         if await self._outside.probe.has_died(process):
-            self._membership.mark_dead(member_id, self._now())
+            self._note_death(member_id, "its process has ended")
 
 
 def _new_shard(member_id: MemberId) -> Member:

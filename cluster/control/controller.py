@@ -14,12 +14,14 @@ import ray
 from cluster.config import ServiceConfig, parse_config
 from cluster.control.control_plane import ControlPlane, Outside
 from cluster.control.kv_store import KvStore
+from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.control.serve_apps import ServeApps
 from cluster.control.shard_pool import RayShardPool
 from cluster.launch.ray_probe import RayProbe
 from cluster.launch.token_file import ServiceRecord, remove_record, state_folder, write_record
-from cluster.logs import configure_logging
+from cluster.metrics.merge import ServiceNumbers
+from experts.logs import configure_logging
 
 logger = logging.getLogger("arriero.controller")
 
@@ -31,9 +33,10 @@ class Controller:
     """Every method waits until the control plane stands. ``config`` is a ServiceConfig as a plain dict."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        configure_logging()
+        service = parse_config(config)
+        configure_logging(service.log_settings, process="controller")
         self._record: ServiceRecord | None = None
-        self._plane = asyncio.create_task(self._start(parse_config(config)))
+        self._plane = asyncio.create_task(self._start(service))
         self._life = asyncio.create_task(self._live())
 
     async def join_router(self, member: Member, process: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -42,14 +45,20 @@ class Controller:
     async def join_gateway(self, member: Member, process: Any) -> dict[str, Any]:
         return (await self._plane).join_gateway(member, process)
 
-    async def heartbeat(self, member: Member, load: list[tuple[int, int, int]]) -> dict[str, Any]:
-        return (await self._plane).heartbeat(member, load)
+    async def heartbeat(self, member: Member, report: MemberReport) -> dict[str, Any]:
+        return (await self._plane).heartbeat(member, report)
 
-    async def take_in(self, member: Member, process: Any) -> None:
-        (await self._plane).take_in(member, process)
+    async def take_in(self, member: Member, process: Any, report: MemberReport) -> None:
+        (await self._plane).take_in(member, process, report)
 
-    async def leave(self, member_id: MemberId) -> None:
-        (await self._plane).leave(member_id)
+    async def leave(self, member_id: MemberId, report: MemberReport | None) -> None:
+        (await self._plane).leave(member_id, report)
+
+    async def get_numbers(self) -> ServiceNumbers | None:
+        return (await self._plane).numbers()
+
+    async def get_open_choices(self, at_most: int) -> dict[str, Any]:
+        return (await self._plane).open_choices(at_most)
 
     async def get_view(self) -> dict[str, Any]:
         return (await self._plane).view()

@@ -18,8 +18,10 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from cluster.config import ServiceConfig
 from cluster.control.control_plane import RetiringError
 from cluster.control.controller import Controller
+from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member
 from cluster.control.shard_pool import NAMESPACE
+from cluster.metrics.merge import ServiceNumbers
 
 logger = logging.getLogger("arriero.link")
 
@@ -28,7 +30,7 @@ ANSWER_TIMEOUT_S = 10.0
 # The controller's own deadlines come first: its answer names the culprit.
 JOIN_MARGIN_S = 30.0
 
-Report = Callable[[], tuple[Member, list[tuple[int, int, int]]]]
+Report = Callable[[], tuple[Member, MemberReport]]
 
 
 def controller_name(app_name: str) -> str:
@@ -62,6 +64,7 @@ class ControllerLink:
         self._config = config.model_copy(update={"app_name": app_name})
         self._controller: ActorHandle[Any] | None = None
         self._reporter: asyncio.Task[None] | None = None
+        self._is_answered = True
         self.num_ready_routers = 0
 
     async def join_router(self, member: Member) -> dict[str, Any]:
@@ -94,12 +97,29 @@ class ControllerLink:
             view: dict[str, Any] = await self._controller.get_view.remote()
         return view
 
+    async def get_numbers(self, timeout_s: float) -> ServiceNumbers | None:
+        """See ControlPlane.numbers; this member's are as of now. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            await self._report_once()
+            numbers: ServiceNumbers | None = await self._controller.get_numbers.remote()
+        return numbers
+
+    async def get_open_choices(self, timeout_s: float, *, at_most: int) -> dict[str, Any]:
+        """See ControlPlane.open_choices; of this member as of now. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            await self._report_once()
+            found: dict[str, Any] = await self._controller.get_open_choices.remote(at_most)
+        return found
+
     def leave(self, member: Member) -> None:
         """The member ends as it should. Does not wait."""
         if self._reporter is not None:
             self._reporter.cancel()
         if self._controller is not None:
-            self._controller.leave.remote(member.member_id)
+            last = None if self._reporter is None else self._report()[1]
+            self._controller.leave.remote(member.member_id, last)
 
     async def _join(self, method: str, member: Member, *arguments: Any, timeout_s: float) -> dict[str, Any]:
         """Tries again while one controller goes and the next one comes."""
@@ -121,20 +141,32 @@ class ControllerLink:
         while True:
             try:
                 await self.refresh(ANSWER_TIMEOUT_S)
+                self._note_answer(None)
             except ActorDiedError:
                 # Not one that Ray starts again: somebody has killed it for good.
+                logger.warning("the controller is gone: looking for it, or making another")
                 self._controller = await asyncio.to_thread(find_or_make_controller, self._config)
             except (RayError, TimeoutError) as error:
-                logger.warning("the controller does not answer: %s", type(error).__name__)
+                self._note_answer(error)
             await self._until_due()
+
+    def _note_answer(self, error: Exception | None) -> None:
+        """One line when the controller falls silent, one when it speaks again."""
+        if (error is None) == self._is_answered:
+            return
+        self._is_answered = error is None
+        if error is None:
+            logger.warning("the controller answers again")
+        else:
+            logger.warning("the controller does not answer (%s): serving goes on", type(error).__name__)
 
     async def _report_once(self) -> None:
         assert self._controller is not None, "join first"
-        member, load = self._report()
-        answer = await self._controller.heartbeat.remote(member, load)
+        member, report = self._report()
+        answer = await self._controller.heartbeat.remote(member, report)
         if not answer["known"]:
             # The controller was reborn and learns of us here.
-            await self._controller.take_in.remote(member, ray.get_runtime_context().current_actor)
+            await self._controller.take_in.remote(member, ray.get_runtime_context().current_actor, report)
         self.num_ready_routers = answer["num_ready_routers"]
 
     async def _until_due(self) -> None:

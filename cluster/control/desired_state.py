@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from cluster.metrics.snapshot import Snapshot
+
 NUM_SECRET_BYTES = 32
 
 
@@ -16,7 +18,8 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     """config is ServiceConfig as a plain dict; epoch is experts.epoch.Epoch as a plain dict, None before the first.
 
     term grows with every start of a controller; last_epoch is the highest number ever given to an epoch. secret
-    opens lanes and token links; shards are named before they are created, so that none can be lost.
+    opens lanes and token links; shards are named before they are created, so that none can be lost. departed: what
+    members counted that are gone, for metrics that must never go back.
     """
 
     config: dict[str, Any]
@@ -27,6 +30,7 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     last_epoch: int = 0
     shard_ids: tuple[str, ...] = ()
     epoch: dict[str, Any] | None = None
+    departed: Snapshot = msgspec.field(default_factory=Snapshot)
 
 
 class Store(Protocol):

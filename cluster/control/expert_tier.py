@@ -137,6 +137,7 @@ class ExpertTier:
             num_threads=config.shard_threads,
             secret=self._memory.state.secret,
             weights_version=WEIGHTS_VERSION,
+            log=config.log_settings,
         )
 
     async def _remove_shards(self, drain_timeout_s: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from cluster.control.membership import MemberId
@@ -26,7 +26,18 @@ class LoadLedger:
 
     def totals(self) -> list[tuple[int, int, int]]:
         """(layer, expert, tokens) of every expert that was asked for, sorted by layer and expert."""
+        return [(slot.layer, slot.expert, tokens) for slot, tokens in sorted(self._sums().items()) if tokens]
+
+    def imbalance(self) -> dict[int, float]:
+        """(max - mean) / mean of the experts' tokens, by layer, of layers that were asked for."""
+        by_layer: defaultdict[int, list[int]] = defaultdict(list)
+        for slot, tokens in sorted(self._sums().items()):
+            by_layer[slot.layer].append(tokens)
+        return {layer: max(tokens) * len(tokens) / sum(tokens) - 1 for layer, tokens in by_layer.items() if any(tokens)}
+
+    def _sums(self) -> Counter[Slot]:
+        """Of every slot that a member holds or held, 0 included."""
         sums = Counter(self._departed)
         for counter in self._by_member.values():
             sums.update(counter)
-        return [(slot.layer, slot.expert, tokens) for slot, tokens in sorted(sums.items()) if tokens]
+        return sums

@@ -70,11 +70,13 @@ class Membership:
         self._sightings[member.member_id] = _Sighting(member=member, seen_s=now_s)
         return True
 
-    def mark_dead(self, member_id: MemberId, now_s: float) -> None:
-        """The member's process has ended. Unknown and dead members stay as they are."""
+    def mark_dead(self, member_id: MemberId, now_s: float) -> bool:
+        """The member's process has ended. False when that is no news; unknown members stay unknown."""
         known = self._sightings.get(member_id)
-        if known is not None and known.member.state is not MemberState.DEAD:
-            self._sightings[member_id] = _Sighting(member=_in_state(known.member, MemberState.DEAD), seen_s=now_s)
+        if known is None or known.member.state is MemberState.DEAD:
+            return False
+        self._sightings[member_id] = _Sighting(member=_in_state(known.member, MemberState.DEAD), seen_s=now_s)
+        return True
 
     def leave(self, member_id: MemberId) -> None:
         """The member has ended as it should."""

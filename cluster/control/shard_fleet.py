@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from cluster.control.reconcile import plan_shards
+from cluster.metrics.snapshot import Snapshot
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId, Slot
 from experts.shard_spec import ShardSpec
@@ -32,6 +33,7 @@ class ShardReport:
     pid: int
     node_id: str
     load: Sequence[tuple[int, int, int]]
+    metrics: Snapshot = field(default_factory=Snapshot)
 
 
 class ShardPool(Protocol):

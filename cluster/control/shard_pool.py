@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.control.shard_fleet import ShardDied, ShardReport
+from cluster.metrics.member_snapshots import shard_snapshot
 from experts.actor import ExpertShardActor
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId
@@ -61,7 +62,15 @@ class RayShardPool:
 
     async def report(self, shard_id: ShardId) -> ShardReport:
         stats = await self._ask(shard_id, "stats")
-        return ShardReport(pid=stats["pid"], node_id=stats["node"], load=stats["load"])
+        metrics = shard_snapshot(
+            load=stats["load"],
+            busy_s=stats["busy_s"],
+            num_lanes=stats["num_lanes"],
+            refused_lanes=stats["refused"],
+            num_refused_requests=stats["num_refused_requests"],
+            resident_bytes=stats["resident_bytes"],
+        )
+        return ShardReport(pid=stats["pid"], node_id=stats["node"], load=stats["load"], metrics=metrics)
 
     async def remove(self, shard_id: ShardId, *, drain_timeout_s: float) -> None:
         if drain_timeout_s > 0:

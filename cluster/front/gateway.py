@@ -24,12 +24,23 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import ServiceConfig, parse_config
 from cluster.control.controller_link import ControllerLink
+from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.front.access_log import AccessLog
 from cluster.front.admission import ServiceLimits
 from cluster.front.chat_encoder import chat_encoder
 from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.generate_call import GRPC_GENERATE
 from cluster.front.generator import Generator, SeedSource
-from cluster.front.grpc_codec import generate_call, generate_response, prompt_of, view_response
+from cluster.front.grpc_codec import (
+    generate_call,
+    generate_response,
+    max_requests_of,
+    prompt_of,
+    requests_response,
+    view_response,
+)
+from cluster.front.open_requests import OpenRequests
 from cluster.front.openai.api import OpenAiApi
 from cluster.front.openai.planning import Planner
 from cluster.front.openai.served_model import ServedModel
@@ -37,16 +48,24 @@ from cluster.front.relay import RelayLimits
 from cluster.front.serve_routers import ServeRouters
 from cluster.front.token_listener import TokenListener
 from cluster.front.tokenizer import Tokenizer
-from cluster.logs import configure_logging
-from cluster.service_model import read_model_config, resolve
+from cluster.metrics import definitions as metrics
+from cluster.metrics.exposition import expose
+from cluster.metrics.merge import merge
+from cluster.service_model import model_name, read_model_config, resolve
 from cluster.v1 import admin_pb2, generation_pb2
 from experts.hub import resolve_model
+from experts.logs import configure_logging
+from experts.process_memory import resident_bytes
 from router.config import ModelConfig
 
 logger = logging.getLogger("arriero.gateway")
 
 # `arriero status` promises an answer within a second.
 VIEW_TIMEOUT_S = 0.8
+# Scrapers wait ten seconds, by default.
+METRICS_TIMEOUT_S = 5.0
+TICK_S = 1.0
+CONTROLLER_SILENT = "the controller does not answer: try again"
 HEALTH_SERVICES = frozenset({"", "arriero.v1.GenerationService", "arriero.v1.AdminService"})
 
 
@@ -54,16 +73,20 @@ class Gateway:
     """config: a ServiceConfig as a plain dict. routers: the handle of the router deployment."""
 
     async def __init__(self, config: dict[str, Any], routers: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        configure_logging()
         self._config = parse_config(config)
         self._member_id = MemberId(f"gateway-{secrets.token_hex(3)}")
+        configure_logging(self._config.log_settings, process=self._member_id)
+        self._requests = OpenRequests(
+            access_log=AccessLog(self._config.access_log), slow_after_s=self._config.slow_request_s
+        )
         self._link = ControllerLink(self._config)
         welcome = await self._link.join_gateway(self._member(MemberState.STARTING))
         self._admin_token: str = welcome["admin_token"]
         self._tokens = TokenListener(host=_node_address(), secret=welcome["secret"])
         await self._tokens.start()
         await asyncio.to_thread(self._load, routers)
-        self._link.start_reporting(lambda: (self._member(MemberState.READY), []))
+        self._ticker = asyncio.create_task(self._tick_for_ever())
+        self._link.start_reporting(self._report)
 
     def _load(self, routers: DeploymentHandle[Any]) -> None:
         """What the model's folder is needed for."""
@@ -84,6 +107,7 @@ class Gateway:
             tokens=self._tokens,
             relay_limits=_relay_limits(config),
             seeds=seeds,
+            requests=self._requests,
         )
         planner = Planner(
             generator=self._generator,
@@ -93,6 +117,19 @@ class Gateway:
             max_choices=config.max_choices,
         )
         self.openai = OpenAiApi(planner, max_request_bytes=config.max_request_bytes)
+
+    async def _tick_for_ever(self) -> None:
+        period_s = min(TICK_S, self._config.slow_request_s / 4 or TICK_S)
+        while True:
+            await asyncio.sleep(period_s)
+            self._requests.tick()
+
+    def _report(self) -> tuple[Member, MemberReport]:
+        report = self._requests.report()
+        report.metrics.put(metrics.LATE_OUTPUTS, self._tokens.num_late_outputs)
+        report.metrics.put(metrics.REFUSED_TOKEN_CONNECTIONS, self._tokens.num_refused)
+        report.metrics.put(metrics.RESIDENT_MEMORY, resident_bytes())
+        return self._member(MemberState.READY), report
 
     def _member(self, state: MemberState) -> Member:
         return Member(
@@ -105,7 +142,9 @@ class Gateway:
 
     def __del__(self) -> None:
         # Serve's word for a replica that is stopped as it should be; absent attributes: its start had failed.
-        link = getattr(self, "_link", None)
+        ticker, link = getattr(self, "_ticker", None), getattr(self, "_link", None)
+        if ticker is not None:
+            ticker.cancel()
         if link is not None:
             link.leave(self._member(MemberState.DRAINING))
 
@@ -114,7 +153,11 @@ class Gateway:
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         with _errors_told(grpc_context):
             yield generation_pb2.GenerateResponse()  # for the proxy: see cluster.front.grpc_services
-            call = _understood(generate_call, request)
+            try:
+                call = _understood(generate_call, request)
+            except ServiceError as error:
+                self._generator.refuse(GRPC_GENERATE, error)
+                raise
             async with aclosing(self._generator.generate(call)) as chunks:
                 async for chunk in chunks:
                     yield generate_response(chunk)
@@ -140,7 +183,28 @@ class Gateway:
             try:
                 return view_response(await self._link.get_view(VIEW_TIMEOUT_S))
             except (RayError, TimeoutError):
-                raise ServiceError(StatusCode.UNAVAILABLE, "the controller does not answer: try again") from None
+                raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
+
+    async def ListRequests(
+        self, request: admin_pb2.ListRequestsRequest, grpc_context: Any
+    ) -> admin_pb2.ListRequestsResponse:
+        with _errors_told(grpc_context):
+            self._check_admin(grpc_context)
+            at_most = _understood(max_requests_of, request)
+            try:
+                return requests_response(await self._link.get_open_choices(VIEW_TIMEOUT_S, at_most=at_most))
+            except (RayError, TimeoutError):
+                raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
+
+    async def metrics(self) -> bytes:
+        """Of the whole service, in Prometheus's text format. Raises ServiceError."""
+        try:
+            numbers = await self._link.get_numbers(METRICS_TIMEOUT_S)
+        except (RayError, TimeoutError):
+            raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
+        if numbers is None:
+            raise ServiceError(StatusCode.UNAVAILABLE, "the controller has come back and gathers reports: try again")
+        return expose(merge(numbers), model_name=model_name(self._config))
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
         with _errors_told(grpc_context):

@@ -41,6 +41,17 @@ class ResumedChoice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """By which protocol a call came, and what it called there: ``grpc Generate``, ``http /v1/completions``."""
+
+    protocol: str
+    method: str
+
+
+GRPC_GENERATE = Origin(protocol="grpc", method="Generate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
     """One Generate call as the client made it. sampling holds the fields it set, under the API's names.
 
@@ -59,6 +70,7 @@ class GenerateCall:
     cache_salt: str = ""
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
+    origin: Origin = GRPC_GENERATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

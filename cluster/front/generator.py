@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from cluster.front.admission import ServiceLimits, check_call, check_prompt, plan_choices
 from cluster.front.chat import turn_end_ids
 from cluster.front.chat_encoder import EncodeChat, chat_encoder
+from cluster.front.choice_progress import ChoiceProgress
 from cluster.front.choice_text import ChoiceText
 from cluster.front.errors import ServiceError, StatusCode
-from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, Prompt, TextPrompt, Usage
+from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, Origin, Prompt, TextPrompt, Usage
 from cluster.front.journal import ChoiceJournal, ChoicePlan, Delta
+from cluster.front.open_requests import OpenRequests
 from cluster.front.relay import Relay, RelayLimits, Routers, TokenPath
 from cluster.front.stop_matcher import StopMatcher, StopStrings
 from cluster.front.tokenizer import Tokenizer
@@ -57,8 +59,10 @@ class Generator:
         tokens: TokenPath,
         relay_limits: RelayLimits,
         seeds: SeedSource,
+        requests: OpenRequests | None = None,
     ) -> None:
-        """encode_chat: Llama 4's format unless given."""
+        """encode_chat: Llama 4's format unless given. requests: where those that are under way are looked after."""
+        self._requests = requests or OpenRequests()
         self._tokenizer = tokenizer
         self._encode_chat = encode_chat or chat_encoder(tokenizer, None)
         self._turn_end_ids = turn_end_ids(tokenizer)
@@ -86,18 +90,25 @@ class Generator:
                 raise ValueError(f"token_ids must be below {self._limits.vocab_size}, not {token_id}")
         return self._tokenizer.decode(token_ids, keep_special_tokens=keep_special_tokens)
 
+    def refuse(self, origin: Origin, error: ServiceError) -> None:
+        """Counts and logs a request that did not even become a call."""
+        self._requests.refuse(origin, error)
+
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Chunk]:
         """Raises ServiceError. Leaving the iteration aborts the request."""
-        try:
-            if call.num_bytes > MAX_INLINE_BYTES:
-                accepted = await asyncio.to_thread(self._accept, call)
-            else:
-                accepted = self._accept(call)
-        except ValueError as error:
-            raise ServiceError(StatusCode.INVALID_ARGUMENT, str(error)) from None
-        async with aclosing(self._stream(accepted)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._requests.observe(call) as observer:
+            try:
+                if call.num_bytes > MAX_INLINE_BYTES:
+                    accepted = await asyncio.to_thread(self._accept, call)
+                else:
+                    accepted = self._accept(call)
+            except ValueError as error:
+                raise ServiceError(StatusCode.INVALID_ARGUMENT, str(error)) from None
+            observer.accepted(accepted.request_id, len(accepted.prompt_ids), accepted.journals)
+            async with aclosing(self._stream(accepted, observer.progress)) as chunks:
+                async for chunk in chunks:
+                    observer.sending(chunk.delta)
+                    yield chunk
 
     def _accept(self, call: GenerateCall) -> Accepted:
         check_call(call, self._limits)
@@ -132,8 +143,14 @@ class Generator:
             stop = StopMatcher(stop_strings, include=call.include_stop_str_in_output)
         return ChoiceText(self._tokenizer.detokenizer(), stop=stop, min_tokens=plan.params.min_tokens)
 
-    async def _stream(self, accepted: Accepted) -> AsyncGenerator[Chunk]:
-        relay = Relay(accepted.journals, routers=self._routers, tokens=self._tokens, limits=self._relay_limits)
+    async def _stream(self, accepted: Accepted, progress: Sequence[ChoiceProgress]) -> AsyncGenerator[Chunk]:
+        relay = Relay(
+            accepted.journals,
+            routers=self._routers,
+            tokens=self._tokens,
+            limits=self._relay_limits,
+            progress=progress,
+        )
         is_first = is_open = True
         async with aclosing(relay.batches()) as batches:
             async for deltas in batches:

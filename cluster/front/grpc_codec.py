@@ -27,6 +27,9 @@ FINISH_REASONS = {
 }
 # Of SamplingParams, what the gateway itself sees to.
 TEXT_FIELDS = frozenset({"stop", "include_stop_str_in_output"})
+# Of AdminService.ListRequests.
+DEFAULT_LISTED = 100
+MAX_LISTED = 1000
 POLICIES = {
     generation_pb2.ON_MISSING_EXPERT_FAIL: MissingExpertPolicy.FAIL,
     generation_pb2.ON_MISSING_EXPERT_SHARED_ONLY: MissingExpertPolicy.SHARED_ONLY,
@@ -157,6 +160,20 @@ def view_response(view: Mapping[str, Any]) -> admin_pb2.GetViewResponse:
         load=[
             admin_pb2.ExpertLoad(layer=layer, expert=expert, tokens=tokens) for layer, expert, tokens in view["load"]
         ],
+    )
+
+
+def max_requests_of(request: admin_pb2.ListRequestsRequest) -> int:
+    """Raises ValueError."""
+    if not 0 <= request.max_requests <= MAX_LISTED:
+        raise ValueError(f"max_requests must be in [0, {MAX_LISTED}], not {request.max_requests}")
+    return request.max_requests or DEFAULT_LISTED
+
+
+def requests_response(found: Mapping[str, Any]) -> admin_pb2.ListRequestsResponse:
+    """found: as cluster.control.controller.Controller.get_open_choices gives it."""
+    return admin_pb2.ListRequestsResponse(
+        num_open=found["num_open"], requests=[admin_pb2.OpenRequest(**choice) for choice in found["choices"]]
     )
 
 

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from cluster.front.http_metrics import add_metrics_route
 from cluster.front.openai.api_error import ApiError
 from cluster.front.openai.attendance import attend
 from cluster.front.openai.exchange import JSON, Exchange, Message, Receive, Scope, Send
@@ -38,6 +39,7 @@ def build_http_api() -> FastAPI:
         document = openapi_document(service_version=version("arriero"), root_path=request.scope.get("root_path", ""))
         return Response(json.dumps(document), media_type=JSON)
 
+    add_metrics_route(api, _gateway)
     api.add_exception_handler(HTTPException, _no_such_route)  # type: ignore[arg-type]
     return api
 

@@ -13,12 +13,14 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from cluster.front.choice_progress import ChoiceProgress
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.journal import ChoiceJournal, Delta
 from cluster.front.outbox import Outbox
 from cluster.front.token_stream import StreamBrokenError, TokenStream
+from router.choice_id import log_fields
 from router.messages import ErrorCode, FinishReason, GenerateRequest, SequenceOutput
 
 logger = logging.getLogger("arriero.gateway")
@@ -80,9 +82,17 @@ class ChoiceRun:
     """One choice from submission to end, over as many attempts as it takes."""
 
     def __init__(
-        self, journal: ChoiceJournal, *, routers: Routers, tokens: TokenPath, outbox: Outbox, limits: RelayLimits
+        self,
+        journal: ChoiceJournal,
+        *,
+        progress: ChoiceProgress,
+        routers: Routers,
+        tokens: TokenPath,
+        outbox: Outbox,
+        limits: RelayLimits,
     ) -> None:
         self.journal = journal
+        self._progress = progress
         self._routers = routers
         self._tokens = tokens
         self._outbox = outbox
@@ -104,9 +114,12 @@ class ChoiceRun:
                 if self.journal.num_completion_tokens > num_tokens:
                     deadline, retry_s = None, FIRST_RETRY_S
                 deadline = self._deadline(deadline, now, error)
-                logger.warning("%s, attempt %d: %s", self.journal.engine_id, self.journal.attempt, error)
+                logger.warning("attempt %d failed: %s", self.journal.attempt, error, extra=self._log_fields())
                 await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
                 retry_s = min(2 * retry_s, MAX_RETRY_S)
+
+    def _log_fields(self) -> dict[str, Any]:
+        return log_fields(self.journal.engine_id, router=self._progress.router_id or None)
 
     def _deadline(self, deadline: float | None, now: float, error: Exception) -> float:
         """A full queue refuses a request at its start; one that is already running waits for its turn."""
@@ -118,6 +131,7 @@ class ChoiceRun:
 
     async def _attempt(self) -> None:
         request = self.journal.submit(self._tokens.address)
+        self._progress.submitted(request.attempt)
         with self._tokens.open(request.request_id, request.attempt) as stream:
             call = asyncio.create_task(self._routers.generate(request))
             call.add_done_callback(lambda call: _end_stream(stream, call))
@@ -136,36 +150,58 @@ class ChoiceRun:
         """To the end of the choice. Raises what the call raised, where that is why no more tokens come."""
         try:
             async for output in stream:
+                self._progress.heard(output, stream.router_id)
                 self._accept(output)
                 if self.journal.is_finished:
                     return
         except StreamBrokenError as error:
             if call.done():
-                _check_end(call.result())
+                self._check_end(call.result())
             raise RouterLostError(str(error)) from None
 
     def _accept(self, output: SequenceOutput) -> None:
         match output.finish_reason:
             case FinishReason.ERROR:
-                raise _service_error(output.error_code, output.error)
+                raise self._service_error(output.error_code, output.error)
             case FinishReason.ABORT:
                 raise RouterLostError(output.error or "the router gave the request up")
         delta = self.journal.accept(output)
-        if delta is not None:
+        # The first step of a long prompt brings nothing that a client waits for.
+        if delta is not None and (delta.token_ids or delta.finish_reason is not None):
             self._outbox.put(delta)
+
+    def _check_end(self, end: CallEnd) -> None:
+        match end.finish_reason:
+            case FinishReason.ERROR:
+                raise self._service_error(end.error_code, end.error)
+            case FinishReason.ABORT:
+                raise RouterLostError(end.error or "the router gave the request up")
+
+    def _service_error(self, code: ErrorCode | None, message: str | None) -> ServiceError:
+        if code is None or code is ErrorCode.INTERNAL:
+            logger.error("its router failed the request: %s", message, extra=self._log_fields())
+            return ServiceError(StatusCode.INTERNAL, "internal error")
+        return ServiceError(StatusCode(code.value), message or code.value)
 
 
 class Relay:
     """All choices of one request."""
 
     def __init__(
-        self, journals: Sequence[ChoiceJournal], *, routers: Routers, tokens: TokenPath, limits: RelayLimits
+        self,
+        journals: Sequence[ChoiceJournal],
+        *,
+        routers: Routers,
+        tokens: TokenPath,
+        limits: RelayLimits,
+        progress: Sequence[ChoiceProgress] | None = None,
     ) -> None:
+        """progress: what each choice's run is to tell of itself."""
         self._outbox = Outbox()
         self._limits = limits
         self._runs = [
-            ChoiceRun(journal, routers=routers, tokens=tokens, outbox=self._outbox, limits=limits)
-            for journal in journals
+            ChoiceRun(journal, progress=each, routers=routers, tokens=tokens, outbox=self._outbox, limits=limits)
+            for journal, each in zip(journals, progress or [ChoiceProgress() for _ in journals], strict=True)
         ]
 
     async def batches(self) -> AsyncGenerator[list[Delta]]:
@@ -209,18 +245,3 @@ def _end_stream(stream: TokenStream, call: asyncio.Task[CallEnd]) -> None:
     else:
         late = "the request has ended, but its last tokens did not come"
         asyncio.get_running_loop().call_later(LAST_TOKENS_TIMEOUT_S, stream.fail, late)
-
-
-def _check_end(end: CallEnd) -> None:
-    match end.finish_reason:
-        case FinishReason.ERROR:
-            raise _service_error(end.error_code, end.error)
-        case FinishReason.ABORT:
-            raise RouterLostError(end.error or "the router gave the request up")
-
-
-def _service_error(code: ErrorCode | None, message: str | None) -> ServiceError:
-    if code is None or code is ErrorCode.INTERNAL:
-        logger.error("a router failed a request: %s", message)
-        return ServiceError(StatusCode.INTERNAL, "internal error")
-    return ServiceError(StatusCode(code.value), message or code.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,6 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.relay import CallEnd, QueueFullError, RouterLostError
 from router.messages import GenerateRequest, decode_finished, encode
-
-logger = logging.getLogger("arriero.gateway")
 
 # How many looks at the routers fit into the time for which there may be none.
 NUM_LOOKS = 4
@@ -58,6 +55,6 @@ class ServeRouters:
             raise QueueFullError(error.message) from None
         except (RayError, RayServeException) as error:
             # Died, stopped, dropped the call or failed in it: in every case another router can take over.
-            logger.warning("%s: lost its router: %s", request.request_id, error)
-            raise RouterLostError(f"the router is lost: {type(error).__name__}") from None
+            cause = getattr(error, "cause", None)
+            raise RouterLostError(f"the router is lost: {cause or type(error).__name__}") from None
         return CallEnd(finish_reason=end.finish_reason, error=end.error, error_code=end.error_code)

@@ -17,6 +17,9 @@ class StreamBrokenError(ConnectionError):
 class Feeder(Protocol):
     """The connection that outputs come from."""
 
+    @property
+    def router_id(self) -> str: ...
+
     def abort(self, request_id: str, attempt: int) -> None: ...
 
 
@@ -38,6 +41,11 @@ class TokenStream:
         self._news = asyncio.Event()
         # Filled as soon as a router says that it has the request.
         self.feeder: Feeder | None = None
+
+    @property
+    def router_id(self) -> str:
+        """Of the router that has the request; empty before one says so."""
+        return "" if self.feeder is None else self.feeder.router_id
 
     def put(self, output: SequenceOutput, feeder: Feeder) -> None:
         """Called by the listener, in the event loop."""
@@ -98,6 +106,7 @@ def merge_outputs(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
         error_code=last.error_code,
         degraded=any(output.degraded for output in outputs),
         num_cached_tokens=max(output.num_cached_tokens for output in outputs),
+        since_begin_s=outputs[0].since_begin_s,
     )
 
 

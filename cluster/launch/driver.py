@@ -20,10 +20,10 @@ from types import FrameType
 from cluster.config import parse_config
 from cluster.launch.driver_spec import DriverSpec
 from cluster.launch.processes import adopt_orphans, end_descendants
-from cluster.launch.ray_setup import ServeSetup, set_environment, start_ray, start_serve
+from cluster.launch.ray_setup import DRIVER, ServeSetup, set_environment, start_ray, start_serve
 from cluster.launch.start_failure import start_failure
 from cluster.launch.supervisor import SWEEP_TIMEOUT_S, Report, send_report
-from cluster.logs import configure_logging
+from experts.logs import configure_logging
 from router.parent_death import end_with_parent
 
 logger = logging.getLogger("arriero")
@@ -95,6 +95,9 @@ class Service:
         import ray
         from ray import serve
 
+        if not ray.is_initialized():
+            # Serve would start a Ray of its own only to ask it.
+            return []
         try:
             application = serve.status().applications[self._config.app_name]
         except (KeyError, ray.exceptions.RayError, ray.serve.exceptions.RayServeException):
@@ -170,7 +173,7 @@ def run(spec: DriverSpec) -> int:
 
 def main() -> None:
     spec = DriverSpec.from_json(sys.stdin.buffer.read())
-    configure_logging()
+    configure_logging(parse_config(spec.config).log_settings, process=DRIVER)
     end_with_parent(spec.parent_pid, signal.SIGINT)
     adopt_orphans()
     # Ray adds the current folder to its workers' import path; nothing of the user's may shadow our packages.

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import ServiceConfig
+from cluster.launch.worker_lines import show_lines_as_json
 
 # Only requests and control messages pass through it; tensors travel in lanes.
 OBJECT_STORE_BYTES = 256 * 2**20
+# Its name in the log.
+DRIVER = "driver"
 GRPC_SERVICERS = (
     "cluster.front.grpc_services.add_generation_service",
     "cluster.front.grpc_services.add_admin_service",
@@ -47,6 +50,12 @@ def set_environment(ray_address: str | None) -> None:
 
 def start_ray(config: ServiceConfig, *, ray_address: str | None, temp_folder: str) -> None:
     """Connects to the cluster at ray_address, or starts one. Raises ConnectionError, RuntimeError."""
+    _init_ray(config, ray_address=ray_address, temp_folder=temp_folder)
+    if config.log_format == "json":
+        show_lines_as_json(DRIVER)
+
+
+def _init_ray(config: ServiceConfig, *, ray_address: str | None, temp_folder: str) -> None:
     import ray
 
     if ray_address is not None:

@@ -188,3 +188,101 @@ class ExpertLoad(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExpertLoad: _TypeAlias = ExpertLoad  # noqa: Y015
+
+@_typing.final
+class ListRequestsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_REQUESTS_FIELD_NUMBER: _builtins.int
+    max_requests: _builtins.int
+    """At most 1000; 0 means 100."""
+    def __init__(
+        self,
+        *,
+        max_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_requests", b"max_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRequestsRequest: _TypeAlias = ListRequestsRequest  # noqa: Y015
+
+@_typing.final
+class ListRequestsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_OPEN_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    num_open: _builtins.int
+    """In all, listed or not."""
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___OpenRequest]: ...
+    def __init__(
+        self,
+        *,
+        num_open: _builtins.int = ...,
+        requests: _abc.Iterable[Global___OpenRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_open", b"num_open", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRequestsResponse: _TypeAlias = ListRequestsResponse  # noqa: Y015
+
+@_typing.final
+class OpenRequest(_message.Message):
+    """One choice of a request. `arriero status --requests --json` prints these fields under these names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    ROUTER_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    IDLE_S_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    choice_index: _builtins.int
+    gateway_id: _builtins.str
+    router_id: _builtins.str
+    """Empty before a router has spoken."""
+    attempt: _builtins.int
+    """Submissions after the first: how often its router was lost."""
+    phase: _builtins.str
+    """"queued" until its first step has ended, "prefill" until its first token, then "decoding"."""
+    age_s: _builtins.float
+    """Since the request came."""
+    idle_s: _builtins.float
+    """Since a router was last heard of it."""
+    num_prompt_tokens: _builtins.int
+    num_completion_tokens: _builtins.int
+    """Resumed ones included."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        choice_index: _builtins.int = ...,
+        gateway_id: _builtins.str = ...,
+        router_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        phase: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        idle_s: _builtins.float = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        num_completion_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "attempt", b"attempt", "choice_index", b"choice_index", "gateway_id", b"gateway_id", "idle_s", b"idle_s", "num_completion_tokens", b"num_completion_tokens", "num_prompt_tokens", b"num_prompt_tokens", "phase", b"phase", "request_id", b"request_id", "router_id", b"router_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenRequest: _TypeAlias = OpenRequest  # noqa: Y015

@@ -39,6 +39,11 @@ class AdminServiceStub(object):
                 request_serializer=cluster_dot_v1_dot_admin__pb2.GetViewRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_admin__pb2.GetViewResponse.FromString,
                 _registered_method=True)
+        self.ListRequests = channel.unary_unary(
+                '/arriero.v1.AdminService/ListRequests',
+                request_serializer=cluster_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_admin__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -51,6 +56,14 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRequests(self, request, context):
+        """What all gateways work on, oldest first; each gateway's part is as old as its last report to the controller, half
+        a second, and holds its oldest hundred.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +71,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetView,
                     request_deserializer=cluster_dot_v1_dot_admin__pb2.GetViewRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_admin__pb2.GetViewResponse.SerializeToString,
+            ),
+            'ListRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequests,
+                    request_deserializer=cluster_dot_v1_dot_admin__pb2.ListRequestsRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_admin__pb2.ListRequestsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +105,33 @@ class AdminService(object):
             '/arriero.v1.AdminService/GetView',
             cluster_dot_v1_dot_admin__pb2.GetViewRequest.SerializeToString,
             cluster_dot_v1_dot_admin__pb2.GetViewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.AdminService/ListRequests',
+            cluster_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
+            cluster_dot_v1_dot_admin__pb2.ListRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,12 +37,20 @@ class AdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetView: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetViewRequest, _admin_pb2.GetViewResponse]
     """The members of the service, what each shard holds, and the load of each expert."""
+    ListRequests: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRequestsRequest, _admin_pb2.ListRequestsResponse]
+    """What all gateways work on, oldest first; each gateway's part is as old as its last report to the controller, half
+    a second, and holds its oldest hundred.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetView: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetViewRequest, _admin_pb2.GetViewResponse]  # type: ignore[assignment]
     """The members of the service, what each shard holds, and the load of each expert."""
+    ListRequests: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRequestsRequest, _admin_pb2.ListRequestsResponse]  # type: ignore[assignment]
+    """What all gateways work on, oldest first; each gateway's part is as old as its last report to the controller, half
+    a second, and holds its oldest hundred.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -52,5 +60,15 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetViewResponse, _abc.Awaitable[_admin_pb2.GetViewResponse]]:
         """The members of the service, what each shard holds, and the load of each expert."""
+
+    @_abc_1.abstractmethod
+    def ListRequests(
+        self,
+        request: _admin_pb2.ListRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListRequestsResponse, _abc.Awaitable[_admin_pb2.ListRequestsResponse]]:
+        """What all gateways work on, oldest first; each gateway's part is as old as its last report to the controller, half
+        a second, and holds its oldest hundred.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

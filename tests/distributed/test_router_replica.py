@@ -111,6 +111,28 @@ def test_a_router_whose_engine_hangs_is_unhealthy() -> None:
     asyncio.run(scenario())
 
 
+def test_a_step_that_hangs_and_an_engine_that_is_silent_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    def has_been_named(router: Router, trouble: str) -> bool:
+        router.check_health()
+        return any(trouble in line and line.endswith("; open: mine/0af3/0") for line in caplog.messages)
+
+    async def scenario() -> None:
+        router = _router([], RouterTimeouts(start_s=30.0, slow_step_s=0.5, silent_s=2.5, heartbeat_s=60.0, close_s=0.5))
+        await router.start(start_message())
+        async with listening() as listener:
+            hanging = request("mine/0af3/0", HANGING_STEP, address=listener.address)
+            call = asyncio.create_task(router.generate(encode(hanging)))
+            await wait_until_async(lambda: has_been_named(router, "step 1 has taken"))
+            os.kill(router.engine_pid, signal.SIGSTOP)
+            await wait_until_async(lambda: has_been_named(router, "the engine process has been silent for"))
+            os.kill(router.engine_pid, signal.SIGCONT)
+            await asyncio.to_thread(router.close)
+            with pytest.raises(EngineDiedError):
+                await call
+
+    asyncio.run(scenario())
+
+
 def _complaint(router: Router) -> str:
     try:
         router.check_health()

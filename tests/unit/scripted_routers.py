@@ -24,6 +24,7 @@ class Attempt:
     request: GenerateRequest
     stream: TokenStream
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    router_id: str = "router-scripted"
 
     def abort(self, request_id: str, attempt: int) -> None:
         assert (request_id, attempt) == (self.request.request_id, self.request.attempt)

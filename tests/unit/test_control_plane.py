@@ -2,18 +2,25 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from log_records import recorded
 
 from cluster.config import ServiceConfig
 from cluster.control.control_plane import ControlPlane, Outside, RetiringError
 from cluster.control.desired_state import DesiredState, decode_state, encode_state
+from cluster.control.member_report import MemberReport, OpenChoice
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.control.shard_fleet import ShardDied, ShardReport, StartError
+from cluster.front.grpc_codec import requests_response
+from cluster.metrics.definitions import ENGINE_STEPS
+from cluster.metrics.merge import merge
+from cluster.metrics.snapshot import Snapshot
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId
 from experts.shard_spec import ShardSpec
@@ -170,7 +177,7 @@ def test_without_shards_a_router_holds_the_experts_and_reports_their_load(world:
         plane = await world.controller()
         welcome = await plane.join_router(router(), "p", world.values())
         assert welcome["epoch"] is None
-        plane.heartbeat(router(), [(1, 2, 9)])
+        plane.heartbeat(router(), MemberReport(load=[(1, 2, 9)]))
         view = plane.view()
         assert (view["epoch"], view["shards"], view["load"]) == (1, [], [[1, 2, 9]])
 
@@ -222,7 +229,7 @@ def test_a_router_whose_process_ended_is_dead_and_one_that_is_silent_suspect(wor
         world.probe.dead.add("router-1")
         world.now_s += 1.0
         await until(lambda: [member["state"] for member in plane.view()["routers"]] == ["dead", "suspect"])
-        assert plane.heartbeat(router("router-2"), [])["num_ready_routers"] == 1
+        assert plane.heartbeat(router("router-2"), MemberReport())["num_ready_routers"] == 1
         runs.cancel()
 
     run(act)
@@ -284,9 +291,9 @@ def test_a_reborn_controller_adopts_shards_and_keeps_epoch_and_secrets_in_a_new_
 def test_a_reborn_controller_learns_of_its_members_from_their_heartbeats(world: World) -> None:
     async def act() -> None:
         plane = await world.controller()
-        assert plane.heartbeat(router(), [])["known"] is False
+        assert plane.heartbeat(router(), MemberReport())["known"] is False
         plane.take_in(router(), "p")
-        assert plane.heartbeat(router(), [])["known"] is True
+        assert plane.heartbeat(router(), MemberReport())["known"] is True
         assert [member["id"] for member in plane.view()["routers"]] == ["router-1"]
 
     run(act)
@@ -354,3 +361,110 @@ def test_shards_in_use_are_not_replaced_under_their_routers(world: World) -> Non
         assert len(world.pool.shards) == 3
 
     run(act)
+
+
+def test_a_reborn_controller_waits_for_its_members_before_it_tells_numbers(world: World) -> None:
+    async def act() -> None:
+        first = await world.controller()
+        await first.join_router(router(), "p", world.values())
+        assert first.numbers() is not None, "a first controller has nobody to wait for"
+        second = await world.controller()
+        assert second.numbers() is None
+        world.now_s += 1.0
+        assert second.numbers() is not None
+
+    run(act)
+
+
+def test_what_a_dead_router_has_counted_outlives_it_and_the_controller(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        runs = asyncio.create_task(plane.run())
+        await plane.join_router(router(), "p", world.values())
+        plane.heartbeat(router(), steps(5))
+        assert num_steps(plane) == 5
+        world.probe.dead.add("p")
+        await until(lambda: plane.view()["routers"][0]["state"] == "dead")
+        plane.heartbeat(router(), steps(9))
+        assert num_steps(plane) == 5, "who is dead says nothing more"
+        world.now_s += 61.0
+        await until(lambda: plane.view()["routers"] == [])
+        assert num_steps(plane) == 5
+        await until(lambda: world.store.data is not None and decode_state(world.store.data).departed.numbers != {})
+        runs.cancel()
+        reborn = await world.controller()
+        world.now_s += 1.0
+        reborn.take_in(router("router-2"), "q", steps(1))
+        assert num_steps(reborn) == 6
+
+    run(act)
+
+
+def test_a_member_that_leaves_says_a_last_word(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        plane.join_gateway(gateway := replace(router("gateway-1"), kind=MemberKind.GATEWAY), "p")
+        plane.heartbeat(gateway, steps(5))
+        plane.leave(MemberId("gateway-1"), steps(7))
+        assert num_steps(plane) == 7
+
+    run(act)
+
+
+def test_a_dead_member_is_logged_once(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        runs = asyncio.create_task(plane.run())
+        await plane.join_router(router(), "p", world.values())
+        victim = next(iter(world.pool.shards))
+        with recorded("arriero.controller", logging.ERROR) as lines:
+            world.probe.dead.add("p")
+            del world.pool.shards[victim]
+            await until(lambda: len(lines) == 2)
+            await asyncio.sleep(0.1)
+        runs.cancel()
+        assert sorted(line.getMessage() for line in lines) == [
+            "router-1 died: its process has ended",
+            f"{victim} died: killed",
+        ]
+
+    run(act)
+
+
+def test_open_choices_are_told_with_their_gateway(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        plane.join_gateway(gateway := replace(router("gateway-1"), kind=MemberKind.GATEWAY), "p")
+        plane.heartbeat(gateway, MemberReport(open_choices=(CHOICE,), num_open_choices=3))
+        world.now_s += 2.0
+        found = plane.open_choices(10)
+        assert found["num_open"] == 3
+        [told] = requests_response(found).requests
+        assert (told.request_id, told.gateway_id, told.router_id, told.age_s) == ("r", "gateway-1", "router-a", 5.0)
+
+    run(act)
+
+
+CHOICE = OpenChoice(
+    request_id="r",
+    choice_index=0,
+    router_id="router-a",
+    attempt=1,
+    phase="decoding",
+    age_s=3.0,
+    idle_s=0.5,
+    num_prompt_tokens=4,
+    num_completion_tokens=5,
+)
+
+
+def steps(number: int) -> MemberReport:
+    metrics = Snapshot()
+    metrics.put(ENGINE_STEPS, number)
+    return MemberReport(metrics=metrics)
+
+
+def num_steps(plane: ControlPlane) -> float:
+    numbers = plane.numbers()
+    assert numbers is not None
+    return merge(numbers).numbers[ENGINE_STEPS.name][()]

@@ -413,3 +413,29 @@ def test_a_requests_own_policy_comes_before_the_engines(
     harness.model.lost_token_ids = {39}
     outputs = harness.generate([3, 39], max_tokens=2, on_missing_expert=own)
     assert (outputs[-1].finish_reason is FinishReason.LENGTH) == goes_on
+
+
+# What its gateway hears of a request
+
+
+def test_a_request_with_a_gateway_tells_of_its_first_step_and_only_of_that() -> None:
+    harness = Harness(max_num_batched_tokens=4)
+    harness.add("far", tokens(10), max_tokens=3, return_address="gateway:1")
+    harness.run()
+    outputs = harness.outputs["far"]
+    assert [len(output.token_ids) for output in outputs] == [0, 1, 1, 1]
+    assert [output.since_begin_s is None for output in outputs] == [False, True, True, True]
+    assert harness.token_ids["far"] == true_greedy(tokens(10), 3, harness.config)
+
+
+def test_a_first_step_that_brings_a_token_tells_both_at_once_also_after_a_preemption() -> None:
+    harness = Harness(num_free_blocks={"global": 12, "local": 12}, max_model_len=48)
+    for index in range(5):
+        harness.add(f"r{index}", tokens(7 + index, seed=index), max_tokens=20, return_address="gateway:1")
+    harness.run()
+    assert harness.engine.stats().num_preemptions > 0
+    for outputs in harness.outputs.values():
+        told = [output.since_begin_s for output in outputs]
+        assert told[0] is not None
+        assert 0 <= told[0] < 60
+        assert told[1:] == [None] * (len(told) - 1)

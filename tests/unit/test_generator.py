@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from log_records import fields_of, recorded
 from scripted_routers import NUM_TOKENS, Attempt, ScriptedRouters, serve_two_then_die, serve_whole
 
 from cluster.checkpoints.byte_tokenizer import SPECIAL_TOKENS, build_tokenizer
@@ -17,6 +18,7 @@ from cluster.front.chat_encoder import chat_encoder
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, ResumedChoice, TextPrompt, TokenPrompt
 from cluster.front.generator import Generator, SeedSource
+from cluster.front.open_requests import OpenRequests
 from cluster.front.relay import CallEnd, RelayLimits, RouterLostError
 from cluster.front.tokenizer import Tokenizer
 from router.messages import FinishReason, TokenLogprobs
@@ -347,3 +349,36 @@ def test_tokens_beyond_the_tokenizer_are_tokens_like_others_without_a_text(token
     assert made.decode([ord("a"), beyond], keep_special_tokens=True) == "a"
     with pytest.raises(ValueError, match=f"token_ids must be below {LIMITS.vocab_size}, not {LIMITS.vocab_size}"):
         made.decode([LIMITS.vocab_size], keep_special_tokens=False)
+
+
+def test_what_a_request_brought_is_counted_with_the_last_chunk_and_its_end(tokenizer: Tokenizer) -> None:
+    requests = OpenRequests()
+    made = generator(tokenizer, ScriptedRouters([serve_two_then_die, serve_whole]), requests=requests)
+    resumed = {1: ResumedChoice(token_ids=[100, 101], finished=False)}
+    chunks_of(made, n=2, resumed=resumed)
+    report = requests.report()
+    counted = {name: sum(series.values()) for name, series in report.metrics.numbers.items()}
+    assert counted["vllm:prompt_tokens"] == 1
+    assert counted["vllm:generation_tokens"] == 2 * NUM_TOKENS - 2, "the client had two of them"
+    assert report.metrics.numbers["vllm:request_success"][("length",)] == 2
+    assert counted["arriero:resubmissions"] >= 1
+    assert report.num_open_choices == 0
+
+
+@pytest.mark.parametrize("call", [{"n": 0}, {"prompt": TokenPrompt(token_ids=[9999])}])
+def test_what_is_refused_is_counted_as_that_and_nothing_else(tokenizer: Tokenizer, call: dict[str, Any]) -> None:
+    requests = OpenRequests()
+    with pytest.raises(ServiceError):
+        chunks_of(generator(tokenizer, ScriptedRouters([serve_whole]), requests=requests), **call)
+    counted = {name: sum(series.values()) for name, series in requests.report().metrics.numbers.items()}
+    assert {name: count for name, count in counted.items() if count} == {"arriero:request_errors": 1}
+
+
+def test_a_failure_of_ours_is_told_as_internal(tokenizer: Tokenizer) -> None:
+    async def stumble(attempt: Attempt) -> CallEnd:
+        raise KeyError("a secret")
+
+    with recorded("arriero.gateway") as lines, pytest.raises(ServiceError) as failure:
+        chunks_of(generator(tokenizer, ScriptedRouters([stumble])), request_id="mine")
+    assert (failure.value.code, failure.value.message) == (StatusCode.INTERNAL, "internal error")
+    assert [fields_of(line)["request_id"] for line in lines] == ["mine"]

@@ -5,6 +5,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from log_records import fields_of, recorded
 from scripted_routers import NUM_TOKENS, STOPPED, Attempt, ScriptedRouters, serve_two_then_die, serve_whole
 
 from cluster.front.choice_text import ChoiceText
@@ -274,3 +275,30 @@ def test_the_first_token_of_each_choice_does_not_wait_for_the_interval() -> None
         await batches.aclose()
 
     run(listen())
+
+
+def test_a_first_step_without_a_token_is_no_message_and_does_not_slow_the_first_token() -> None:
+    limits = RelayLimits(stream_interval_s=3600.0, resubmit_timeout_s=1.0)
+
+    async def begin_and_speak(attempt: Attempt) -> CallEnd:
+        attempt.send(since_begin_s=0.1)
+        await asyncio.sleep(0.01)
+        attempt.send(0)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def listen() -> None:
+        batches = relay_of(ScriptedRouters([begin_and_speak]), limits=limits).batches()
+        assert token_ids(await anext(batches)) == [0]
+        await batches.aclose()
+
+    run(listen())
+
+
+def test_a_lost_router_costs_one_line_that_names_request_router_and_reason() -> None:
+    lost = journal()
+    with recorded("arriero.gateway") as lines:
+        run(collect(relay_of(ScriptedRouters([serve_two_then_die, serve_whole]), lost)))
+    assert [line.getMessage() for line in lines] == ["attempt 0 failed: killed"]
+    assert fields_of(lines[0])["request_id"] == lost.engine_id
+    assert lines[0].exc_info is None

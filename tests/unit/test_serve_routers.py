@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.front.errors import ServiceError, StatusCode
@@ -79,6 +79,14 @@ def test_the_end_of_a_request_comes_back() -> None:
 def test_a_router_that_is_gone_is_lost(error: Exception) -> None:
     with pytest.raises(RouterLostError, match=type(error).__name__):
         run(routers(FakeHandle(failing(error))).generate(REQUEST))
+
+
+def test_a_router_that_failed_in_the_call_says_why_in_one_line() -> None:
+    cause = RuntimeError("engine process 7 ended with signal SIGKILL")
+    error = RayTaskError("generate", "Traceback\n  line\nmore", cause)
+    with pytest.raises(RouterLostError) as failure:
+        run(routers(FakeHandle(failing(error))).generate(REQUEST))
+    assert str(failure.value) == "the router is lost: engine process 7 ended with signal SIGKILL"
 
 
 def test_a_full_queue_is_told_apart() -> None:

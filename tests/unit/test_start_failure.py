@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.launch import driver
+from cluster.launch.driver_spec import DriverSpec
 from cluster.launch.start_failure import start_failure
 
 REPLICA = """The deployment failed to start 1 times in a row. This may be due to a problem with its constructor or \
@@ -31,3 +38,18 @@ def test_a_mere_wrapper_is_better_than_nothing() -> None:
 
 def test_no_message_at_all_is_said_so() -> None:
     assert "no reason" in start_failure([""])
+
+
+def test_without_a_ray_nobody_is_asked_why_it_did_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would start a Ray of its own to answer."""
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("The current node timed out during startup.")
+
+    monkeypatch.setattr(driver, "start_ray", fail)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("another Ray is started"))
+    spec = DriverSpec(config={"model": "m"}, ray_address=None, temp_folder=str(tmp_path), parent_pid=1)
+    service = driver.Service(spec)
+    with pytest.raises(RuntimeError) as failure:
+        service.start(driver.StopSignals())
+    assert service.why_failed(failure.value) == "The current node timed out during startup."

@@ -13,6 +13,8 @@ from router.messages import ErrorCode, FinishReason, SequenceOutput, TokenLogpro
 class Connection:
     """Of a router."""
 
+    router_id = "router-a"
+
     def __init__(self) -> None:
         self.aborted: list[tuple[str, int]] = []
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from cluster.front.errors import ServiceError
 from cluster.front.generate_call import TextPrompt
 from cluster.front.generator import MAX_INLINE_BYTES, Generator
 from cluster.front.openai.api_error import ApiError, argument_error
@@ -79,13 +80,22 @@ class OpenAiApi:
     async def _generate(
         self, exchange: Exchange, body: bytes, kind: type[Asked], plan: Callable[..., Generation]
     ) -> None:
+        try:
+            generation = await self._planned(exchange, body, kind, plan)
+        except ApiError as error:
+            self._generator.refuse(kind.origin, ServiceError(error.service_code, error.message))
+            raise
+        await generation.answer(exchange, self._generator)
+
+    async def _planned(
+        self, exchange: Exchange, body: bytes, kind: type[Asked], plan: Callable[..., Generation]
+    ) -> Generation:
         request_id = exchange.request_id()
         request = parse(kind, body)
         self._check_model(request.model)
         self._warn_of_ignored(request)
         with _mistakes_named(request):
-            generation = await _computed(len(body), lambda: plan(request, request_id=request_id, num_bytes=len(body)))
-        await generation.answer(exchange, self._generator)
+            return await _computed(len(body), lambda: plan(request, request_id=request_id, num_bytes=len(body)))
 
     def _encode(self, request: TokenizeRequest) -> list[int]:
         if request.messages is not None:

@@ -47,6 +47,12 @@ class ApiError(Exception):
         self.code = code or CODES.get(status)
 
     @property
+    def service_code(self) -> StatusCode:
+        """What the service's own logs and counts call it."""
+        codes = {status: code for code, status in STATUS_OF_CODE.items()}
+        return codes.get(self.status, StatusCode.INVALID_ARGUMENT)
+
+    @property
     def headers(self) -> dict[str, str]:
         return {"retry-after": str(RETRY_AFTER_S)} if self.status in RETRIED else {}
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from cluster.front.generate_call import Origin
 from cluster.front.openai.generation_request import GenerationRequest, NumLogprobs
 from cluster.front.openai.request_fields import MAX_COUNT, Ignored, NotSupported, RequestModel, field_error
 
@@ -57,6 +58,8 @@ class RequestMessage(RequestModel):
 
 
 class ChatRequest(GenerationRequest):
+    origin: ClassVar[Origin] = Origin(protocol="http", method="/v1/chat/completions")
+
     core_names: ClassVar[Mapping[str, str]] = {
         "prompt": "messages",
         "logprobs": "top_logprobs",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from cluster.front.generate_call import Origin
 from cluster.front.openai.generation_request import GenerationRequest, NumLogprobs
 from cluster.front.openai.request_fields import MAX_COUNT, NotSupported, TokenIds, field_error
 
@@ -36,6 +37,8 @@ PromptField = Annotated[
 
 
 class CompletionRequest(GenerationRequest):
+    origin: ClassVar[Origin] = Origin(protocol="http", method="/v1/completions")
+
     prompt: PromptField
     max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = Field(
         None, description="Default 16. 0 is only for echo: the prompt comes back, and nothing after it."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from cluster.front.generate_call import Origin
 from cluster.front.openai.request_fields import (
     MAX_COUNT,
     Ignored,
@@ -52,6 +53,8 @@ class ResumedChoice(RequestModel):
 
 
 class GenerationRequest(RequestModel):
+    origin: ClassVar[Origin]
+
     model: str | None = Field(None, description="Default: the only model that is served.")
 
     n: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None

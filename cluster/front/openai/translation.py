@@ -101,4 +101,5 @@ def generate_call(
         cache_salt=request.cache_salt or "",
         stop=request.stop_strings,
         include_stop_str_in_output=bool(request.include_stop_str_in_output),
+        origin=type(request).origin,
     )

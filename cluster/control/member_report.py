@@ -1,0 +1,36 @@
+"""What a member tells the controller in each heartbeat, besides who it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.metrics.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenChoice:
+    """A choice that a gateway works on, at the moment of the report. router_id is empty before a router has spoken.
+
+    age_s: since the request came. idle_s: since anything was heard of the choice.
+    """
+
+    request_id: str
+    choice_index: int
+    router_id: str
+    attempt: int
+    phase: str
+    age_s: float
+    idle_s: float
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberReport:
+    """load: (layer, expert, tokens) since the member's start, of experts in its own process. open_choices: the
+    oldest of a gateway's num_open_choices, oldest first."""
+
+    load: list[tuple[int, int, int]] = field(default_factory=list)
+    metrics: Snapshot = field(default_factory=Snapshot)
+    open_choices: tuple[OpenChoice, ...] = ()
+    num_open_choices: int = 0
