@@ -13,11 +13,6 @@ MAX_DEFAULT_MODEL_LEN = 8192
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", None: "bfloat16"}
 
 
-def model_name(config: ServiceConfig) -> str:
-    """What clients call the model: the name of its folder, or its id on the hub."""
-    return Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
-
-
 def read_model_config(folder: Path) -> ModelConfig:
     """Raises FileNotFoundError or ValueError naming the file, or the field and its value."""
     generation_path = folder / "generation_config.json"

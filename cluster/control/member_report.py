@@ -9,7 +9,7 @@ from cluster.metrics.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenChoice:
-    """A choice that a gateway works on, at the moment of the report. router_id is empty before a router has spoken.
+    """A choice that a gateway works on, at the moment of the report. router_id is empty before one says that it has it.
 
     age_s: since the request came. idle_s: since anything was heard of the choice.
     """

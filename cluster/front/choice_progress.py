@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Protocol
 
 from cluster.metrics.definitions import GATEWAY_METRICS, REQUEST_QUEUE_TIME, RESUBMISSIONS
 from cluster.metrics.recorder import Recorder
@@ -14,38 +15,51 @@ Clock = Callable[[], float]
 
 
 class Phase(StrEnum):
-    """queued: in front of a router or in it, no step of this attempt has ended yet."""
+    """queued: in front of routers or in one, whose first step for it has not ended yet."""
 
     QUEUED = "queued"
     PREFILL = "prefill"
     DECODING = "decoding"
 
 
+class Source(Protocol):
+    """Where the outputs of an attempt come from."""
+
+    @property
+    def router_id(self) -> str:
+        """Empty until a router says that it has the request."""
+        ...
+
+
 class ChoiceProgress:
-    """Belongs to the event loop; times are of ``clock``. router_id is empty until a router has spoken."""
+    """Belongs to the event loop; times are of ``clock``."""
 
     def __init__(self, recorder: Recorder | None = None, *, clock: Clock = time.monotonic) -> None:
         self._recorder = recorder or Recorder(GATEWAY_METRICS)
         self._clock = clock
         self._submitted_s: float | None = None
         self._has_begun = False
+        self._source: Source | None = None
         self.attempt = -1
-        self.router_id = ""
         self.phase = Phase.QUEUED
         self.last_news_s = clock()
 
-    def submitted(self, attempt: int) -> None:
+    @property
+    def router_id(self) -> str:
+        """Who has the choice; empty until a router says so."""
+        return "" if self._source is None else self._source.router_id
+
+    def submitted(self, attempt: int, source: Source) -> None:
         """The choice has been given to the routers, for the attempt-th time from 0."""
         if self._submitted_s is None:
             self._submitted_s = self._clock()
         if attempt > 0:
             self._recorder.add(RESUBMISSIONS)
-        self.attempt, self.router_id, self.phase = attempt, "", Phase.QUEUED
+        self.attempt, self._source, self.phase = attempt, source, Phase.QUEUED
 
-    def heard(self, output: SequenceOutput, router_id: str) -> None:
+    def heard(self, output: SequenceOutput) -> None:
         """An output of the attempt that was submitted last."""
         self.last_news_s = self._clock()
-        self.router_id = router_id
         if output.token_ids:
             self.phase = Phase.DECODING
         elif self.phase is Phase.QUEUED:

@@ -51,7 +51,7 @@ from cluster.front.tokenizer import Tokenizer
 from cluster.metrics import definitions as metrics
 from cluster.metrics.exposition import expose
 from cluster.metrics.merge import merge
-from cluster.service_model import model_name, read_model_config, resolve
+from cluster.service_model import read_model_config, resolve
 from cluster.v1 import admin_pb2, generation_pb2
 from experts.hub import resolve_model
 from experts.logs import configure_logging
@@ -109,11 +109,12 @@ class Gateway:
             seeds=seeds,
             requests=self._requests,
         )
+        self._model = ServedModel.of(config, folder)
         planner = Planner(
             generator=self._generator,
             tokenizer=tokenizer,
             seeds=seeds,
-            model=ServedModel.of(config, folder),
+            model=self._model,
             max_choices=config.max_choices,
         )
         self.openai = OpenAiApi(planner, max_request_bytes=config.max_request_bytes)
@@ -204,7 +205,7 @@ class Gateway:
             raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
         if numbers is None:
             raise ServiceError(StatusCode.UNAVAILABLE, "the controller has come back and gathers reports: try again")
-        return expose(merge(numbers), model_name=model_name(self._config))
+        return expose(merge(numbers), model_name=self._model.name)
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
         with _errors_told(grpc_context):

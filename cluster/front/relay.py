@@ -131,8 +131,8 @@ class ChoiceRun:
 
     async def _attempt(self) -> None:
         request = self.journal.submit(self._tokens.address)
-        self._progress.submitted(request.attempt)
         with self._tokens.open(request.request_id, request.attempt) as stream:
+            self._progress.submitted(request.attempt, stream)
             call = asyncio.create_task(self._routers.generate(request))
             call.add_done_callback(lambda call: _end_stream(stream, call))
             try:
@@ -150,7 +150,7 @@ class ChoiceRun:
         """To the end of the choice. Raises what the call raised, where that is why no more tokens come."""
         try:
             async for output in stream:
-                self._progress.heard(output, stream.router_id)
+                self._progress.heard(output)
                 self._accept(output)
                 if self.journal.is_finished:
                     return

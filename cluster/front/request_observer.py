@@ -27,13 +27,18 @@ CLIENT_LEFT = "CANCELLED"
 
 @dataclass(slots=True, kw_only=True)
 class ObservedChoice:
-    """last_sent_s is None before the first token."""
+    """last_sent_s is None before the first token. had_ended: the client holds its end already."""
 
     journal: ChoiceJournal
     progress: ChoiceProgress
     num_sent: int = 0
     last_sent_s: float | None = None
     finish_reason: FinishReason | None = None
+    had_ended: bool
+
+    @property
+    def has_ended(self) -> bool:
+        return self.had_ended or self.finish_reason is not None
 
 
 class RequestObserver:
@@ -70,7 +75,11 @@ class RequestObserver:
         self.request_id = request_id
         self._num_prompt_tokens = num_prompt_tokens
         self.choices = tuple(
-            ObservedChoice(journal=journal, progress=ChoiceProgress(self._recorder, clock=self._clock))
+            ObservedChoice(
+                journal=journal,
+                progress=ChoiceProgress(self._recorder, clock=self._clock),
+                had_ended=journal.is_finished,
+            )
             for journal in journals
         )
 
@@ -146,7 +155,7 @@ class RequestObserver:
     @property
     def _is_whole(self) -> bool:
         """Whether every choice has ended; a client may leave with the last message, before we do."""
-        return bool(self.choices) and all(choice.finish_reason is not None for choice in self.choices)
+        return bool(self.choices) and all(choice.has_ended for choice in self.choices)
 
     def _end(self, status: str) -> None:
         total_s = self._clock() - self._began_s
@@ -156,7 +165,7 @@ class RequestObserver:
             for choice in self.choices:
                 self._recorder.observe(metrics.REQUEST_GENERATION_TOKENS, choice.num_sent)
         elif status == CLIENT_LEFT:
-            num_open = sum(choice.finish_reason is None for choice in self.choices)
+            num_open = sum(not choice.has_ended for choice in self.choices)
             self._recorder.add(metrics.REQUEST_SUCCESS, num_open, FinishReason.ABORT)
         else:
             self._recorder.add(metrics.REQUEST_ERRORS, 1, status)

@@ -44,7 +44,7 @@ class TokenStream:
 
     @property
     def router_id(self) -> str:
-        """Of the router that has the request; empty before one says so."""
+        """Empty until a router says that it has the request."""
         return "" if self.feeder is None else self.feeder.router_id
 
     def put(self, output: SequenceOutput, feeder: Feeder) -> None:

@@ -253,7 +253,7 @@ class OpenRequest(_message.Message):
     choice_index: _builtins.int
     gateway_id: _builtins.str
     router_id: _builtins.str
-    """Empty before a router has spoken."""
+    """Empty before a router says that it has the request."""
     attempt: _builtins.int
     """Submissions after the first: how often its router was lost."""
     phase: _builtins.str

@@ -36,7 +36,13 @@ Series = tuple[str, tuple[tuple[str, str], ...]]
 
 @pytest.fixture(scope="module")
 def service(run_app: RunApp) -> Iterator[Service]:
-    options: dict[str, Any] = {"log_format": "json", "log_level": "debug", "access_log": "on", "slow_request_s": SLOW_S}
+    options: dict[str, Any] = {
+        "log_format": "json",
+        "log_level": "debug",
+        "access_log": "on",
+        "slow_request_s": SLOW_S,
+        "served_model_name": "llama",
+    }
     with run_app("watched", routers=2, shards=2, **options) as running:
         yield running
 
@@ -127,7 +133,7 @@ def test_every_metric_and_every_member_is_there(service: Service) -> None:
     assert all(value > 10e6 for value in memory.values())
     assert total(series, "arriero:members", kind="router", state="ready") == 2
     assert total(series, "arriero:epoch") == 1
-    assert {dict(labels)["model_name"] for _, labels in series} == {service.model.name}
+    assert {dict(labels)["model_name"] for _, labels in series} == {"llama"}
 
 
 def test_counters_do_not_go_back_when_a_router_is_killed_or_the_controller(service: Service) -> None:

@@ -12,6 +12,7 @@ from scripted_routers import ScriptedRouters
 
 from cluster.front.admission import ServiceLimits
 from cluster.front.generator import Generator, SeedSource
+from cluster.front.open_requests import OpenRequests
 from cluster.front.openai.api import OpenAiApi
 from cluster.front.openai.attendance import attend
 from cluster.front.openai.exchange import Exchange
@@ -26,7 +27,7 @@ MODEL = ServedModel(name="llama", created=7, fingerprint="fp_1", max_model_len=2
 TIMEOUT_S = 20.0
 
 
-def make_api(tokenizer: Tokenizer, routers: ScriptedRouters) -> OpenAiApi:
+def make_api(tokenizer: Tokenizer, routers: ScriptedRouters, requests: OpenRequests | None = None) -> OpenAiApi:
     seeds = SeedSource(1, gateway_index=0)
     generator = Generator(
         tokenizer=tokenizer,
@@ -35,6 +36,7 @@ def make_api(tokenizer: Tokenizer, routers: ScriptedRouters) -> OpenAiApi:
         tokens=routers,
         relay_limits=RelayLimits(stream_interval_s=0.0, resubmit_timeout_s=5.0),
         seeds=seeds,
+        requests=requests,
     )
     planner = Planner(
         generator=generator, tokenizer=tokenizer, seeds=seeds, model=MODEL, max_choices=LIMITS.max_choices

@@ -387,6 +387,9 @@ def test_what_a_dead_router_has_counted_outlives_it_and_the_controller(world: Wo
         await until(lambda: plane.view()["routers"][0]["state"] == "dead")
         plane.heartbeat(router(), steps(9))
         assert num_steps(plane) == 5, "who is dead says nothing more"
+        numbers = plane.numbers()
+        assert numbers is not None
+        assert "router-1" not in numbers.living, "and is not running anything"
         world.now_s += 61.0
         await until(lambda: plane.view()["routers"] == [])
         assert num_steps(plane) == 5

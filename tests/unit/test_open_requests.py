@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,6 +24,14 @@ from router.messages import FinishReason, SequenceOutput
 from router.sampling_params import SamplingParams
 
 CALL = GenerateCall(prompt=TokenPrompt(token_ids=[1, 2, 3]), num_bytes=3, request_id="r")
+
+
+@dataclass
+class Router:
+    router_id: str
+
+
+ROUTER_A = Router(router_id="router-a")
 
 
 @pytest.fixture
@@ -70,13 +79,13 @@ def accept(observer: RequestObserver, num_choices: int = 1) -> None:
     observer.accepted("r", 3, journals(num_choices))
     for choice in observer.choices:
         choice.journal.submit("gateway:1")
-        choice.progress.submitted(0)
+        choice.progress.submitted(0, ROUTER_A)
 
 
 def send(observer: RequestObserver, *token_ids: int, choice_index: int = 0, end: FinishReason | None = None) -> None:
     """From the router through the journal to the client."""
     news = output(*token_ids, finish_reason=end)
-    observer.choices[choice_index].progress.heard(news, "router-a")
+    observer.choices[choice_index].progress.heard(news)
     observer.choices[choice_index].journal.accept(news)
     observer.sending(Delta(choice_index=choice_index, token_ids=token_ids, finish_reason=end))
 
@@ -150,12 +159,12 @@ def test_queue_time_ends_where_the_first_step_begins_and_is_counted_once(
         accept(observer)
         progress = observer.choices[0].progress
         clock.sleep(2.0)
-        progress.submitted(1)
+        progress.submitted(1, ROUTER_A)
         clock.sleep(3.0)
-        progress.heard(output(since_begin_s=0.75), "router-b")
-        progress.heard(output(7), "router-b")
-        progress.submitted(2)
-        progress.heard(output(8, since_begin_s=0.1), "router-a")
+        progress.heard(output(since_begin_s=0.75))
+        progress.heard(output(7))
+        progress.submitted(2, ROUTER_A)
+        progress.heard(output(8, since_begin_s=0.1))
     assert histogram(requests, metrics.REQUEST_QUEUE_TIME) == (1, pytest.approx(4.25))
     assert counters(requests.report().metrics)["arriero:resubmissions"] == 2
 
@@ -167,18 +176,18 @@ def test_an_open_choice_is_told_with_its_router_and_phase(requests: OpenRequests
         seen = [requests.report().open_choices[0]]
         progress = observer.choices[0].progress
         clock.sleep(1.0)
-        progress.heard(output(since_begin_s=0.1), "router-a")
+        progress.heard(output(since_begin_s=0.1))
         seen.append(requests.report().open_choices[0])
         clock.sleep(2.0)
         send(observer, 7, 8)
         clock.sleep(4.0)
         seen.append(requests.report().open_choices[0])
-        progress.submitted(1)
+        progress.submitted(1, Router(router_id=""))
         seen.append(requests.report().open_choices[0])
         assert requests.report().num_open_choices == 1
         assert counters(requests.report().metrics)["arriero:open_choices"] == 1
     assert [(each.phase, each.router_id, each.attempt) for each in seen] == [
-        ("queued", "", 0),
+        ("queued", "router-a", 0),
         ("prefill", "router-a", 0),
         ("decoding", "router-a", 0),
         ("queued", "", 1),
@@ -250,6 +259,19 @@ def test_a_client_that_leaves_with_the_last_message_was_answered(
         leave()
     assert fields_of(access[0])["status"] == "OK"
     assert histogram(requests, metrics.REQUEST_LATENCY)[0] == 1
+
+
+def test_a_choice_whose_end_the_client_had_seen_before_is_no_abort(requests: OpenRequests) -> None:
+    def leave() -> None:
+        with requests.observe(CALL) as observer:
+            plan = ChoicePlan(engine_id="r/n/1", prompt_ids=[1, 2, 3], params=_params(1), already_finished=True)
+            seen = ChoiceJournal(plan, ChoiceText(NoDetokenizer()))
+            observer.accepted("r", 3, [*journals(), seen])
+            raise GeneratorExit
+
+    with pytest.raises(GeneratorExit):
+        leave()
+    assert counters(requests.report().metrics) == {"vllm:request_success abort": 1}
 
 
 def test_what_never_became_a_call_is_counted_and_logged(

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from http_client import Answer, ask, make_api
+from log_records import fields_of, recorded
 from scripted_routers import NUM_TOKENS, STOPPED, Attempt, ScriptedRouters, serve_two_then_die, serve_whole
 
 from cluster.checkpoints.presets import create_checkpoint
+from cluster.front.access_log import AccessLog
 from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.open_requests import OpenRequests
 from cluster.front.openai.token_texts import TokenTexts
 from cluster.front.relay import CallEnd, QueueFullError
 from cluster.front.tokenizer import Tokenizer
@@ -491,3 +494,40 @@ def test_tokens_have_texts_without_a_tokenizer_too(tmp_path: Path, tokenizer: To
     bare = TokenTexts(Tokenizer(tmp_path))
     assert bare.text_and_bytes(5) == ("token_id:5", None)
     assert TokenTexts(tokenizer).text_and_bytes(600) == ("token_id:600", None)
+
+
+@pytest.mark.parametrize(
+    ("operation", "body", "headers", "expected"),
+    [
+        (CHAT, {"messages": HELLO}, {"x-request-id": "mine"}, ("/v1/chat/completions", "mine", "OK")),
+        (COMPLETION, {"prompt": "a"}, {"x-request-id": "mine"}, ("/v1/completions", "mine", "OK")),
+        (COMPLETION, {"prompt": "a" * 300}, {"x-request-id": "m"}, ("/v1/completions", "m", "INVALID_ARGUMENT")),
+        (CHAT, {"messages": []}, {}, ("/v1/chat/completions", None, "INVALID_ARGUMENT")),
+        (CHAT, b"{", {}, ("/v1/chat/completions", None, "INVALID_ARGUMENT")),
+        (COMPLETION, {"prompt": "a", "model": "other"}, {}, ("/v1/completions", None, "NOT_FOUND")),
+    ],
+)
+def test_every_request_has_its_line_and_is_counted_once(
+    tokenizer: Tokenizer,
+    operation: str,
+    body: Any,
+    headers: dict[str, str],
+    expected: tuple[str, str | None, str],
+) -> None:
+    requests = OpenRequests(access_log=AccessLog("on"))
+    api = make_api(tokenizer, ScriptedRouters([speak(TEXT.encode())]), requests)
+    with recorded("arriero.access") as lines:
+        ask(api, operation, body, headers=headers)
+    [line] = [fields_of(line) for line in lines]
+    assert (line["method"], line.get("request_id"), line["status"]) == expected
+    assert line["protocol"] == "http"
+    numbers = requests.report().metrics.numbers
+    num_errors = sum(numbers["arriero:request_errors"].values())
+    assert (num_errors, sum(numbers["vllm:request_success"].values())) == ((0, 1) if expected[2] == "OK" else (1, 0))
+
+
+def test_each_prompt_of_a_batch_has_a_line_under_the_requests_id(tokenizer: Tokenizer) -> None:
+    api = make_api(tokenizer, ScriptedRouters([speak(TEXT.encode())]), OpenRequests(access_log=AccessLog("on")))
+    with recorded("arriero.access") as lines:
+        ask(api, COMPLETION, {"prompt": ["a", "b"]}, headers={"x-request-id": "mine"})
+    assert sorted(fields_of(line)["request_id"] for line in lines) == ["mine-0", "mine-1"]
