@@ -13,6 +13,7 @@ from experts.epoch import Epoch
 from experts.hub import resolve_model
 from experts.lane import LaneDispatcher
 from experts.load import ExpertLoad
+from experts.memory import free_bytes
 from experts.placement import ShardId, Slot
 from experts.progress import Progress, log_progress
 from experts.shard import Shard
@@ -23,7 +24,6 @@ from router.engine import Engine
 from router.engine_limits import EngineLimits
 from router.engine_loop import BuiltEngine
 from router.kv_cache import KvCache, KvCacheSpec, KvGroup
-from router.memory import free_bytes
 from router.messages import EngineSettings, Start
 from router.model import Llama4Model
 from router.weights import load_router, validate_router

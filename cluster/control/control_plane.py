@@ -22,7 +22,7 @@ from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
-from cluster.control.shard_fleet import ShardDied, ShardFleet, ShardPool
+from cluster.control.shard_fleet import ShardDied, ShardFleet, ShardPool, ShardRefused, ShardUnreachable
 from cluster.metrics.member_snapshots import controller_snapshot
 from cluster.metrics.merge import ServiceNumbers
 from cluster.service_model import resolve
@@ -278,9 +278,9 @@ class ControlPlane:
         try:
             async with asyncio.timeout(SUSPECT_AFTER_HEARTBEATS * self._tier.config.heartbeat_s):
                 report = await self._outside.pool.report(ShardId(shard.member_id))
-        except TimeoutError:
+        except (TimeoutError, ShardUnreachable):
             return
-        except ShardDied as error:
+        except (ShardDied, ShardRefused) as error:
             # While the tier comes up a shard may not exist yet; the tier itself tells of one that cannot start.
             if is_up:
                 self._note_death(shard.member_id, str(error))

@@ -108,7 +108,7 @@ class ExpertTier:
             epoch = Epoch(number=number, weights_version=WEIGHTS_VERSION, shards=addresses, placement=placement)
             # Before any shard hears of it, so that its number is never given again.
             await self._memory.change(epoch=epoch.to_dict(), last_epoch=number)
-        await self._fleet.open(epoch, [address.shard_id for address in addresses])
+        await self._fleet.open(epoch, [address.shard_id for address in addresses], term=self._memory.state.term)
         logger.info("epoch %d: %d shards serve", epoch.number, len(addresses))
         return Started(model=model, epoch=epoch)
 

@@ -18,8 +18,20 @@ logger = logging.getLogger("arriero.controller")
 T = TypeVar("T")
 
 
-class ShardDied(Exception):  # noqa: N818 told, not erred
-    """The shard's process has ended, or its actor does not exist. The message says why, as far as is known."""
+class ShardError(Exception):
+    """What a shard was asked for did not come about; the message says why."""
+
+
+class ShardDied(ShardError):  # noqa: N818 told, not erred
+    """The shard's process has ended, or its actor does not exist."""
+
+
+class ShardUnreachable(ShardError):  # noqa: N818
+    """The shard may live, but cannot be spoken to now."""
+
+
+class ShardRefused(ShardError):  # noqa: N818
+    """The shard answered, with an error."""
 
 
 class StartError(RuntimeError):
@@ -28,16 +40,20 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
-    """What a shard says of itself. load: (layer, expert, tokens) since it started."""
+    """What a shard says of itself. load: (layer, expert, tokens) since it started. num_free_slots fit into
+    memory_pool, which it may share with others."""
 
     pid: int
     node_id: str
     load: Sequence[tuple[int, int, int]]
+    epochs: frozenset[int]
+    memory_pool: str
+    num_free_slots: int
     metrics: Snapshot = field(default_factory=Snapshot)
 
 
 class ShardPool(Protocol):
-    """Shards as processes, by id. Every method may raise ShardDied."""
+    """Shards as processes, by id. Every method but remove may raise a ShardError."""
 
     async def living(self, shard_ids: Collection[ShardId]) -> set[ShardId]: ...
 
@@ -49,7 +65,11 @@ class ShardPool(Protocol):
         """Returns once the shard has loaded and listens."""
         ...
 
-    async def serve_epoch(self, shard_id: ShardId, epoch: Epoch) -> None: ...
+    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch) -> None:
+        """Returns once the shard has loaded what the epoch gives it and serves it."""
+        ...
+
+    async def retire(self, shard_id: ShardId, term: int, number: int) -> None: ...
 
     async def report(self, shard_id: ShardId) -> ShardReport: ...
 
@@ -83,10 +103,10 @@ class ShardFleet:
             if shard_id in plan.adopt or shard_id in plan.create
         )
 
-    async def open(self, epoch: Epoch, shard_ids: Iterable[ShardId]) -> None:
+    async def open(self, epoch: Epoch, shard_ids: Iterable[ShardId], *, term: int) -> None:
         """Has the shards serve the epoch."""
         await self._all(
-            self._within(shard_id, f"opening epoch {epoch.number}", self._pool.serve_epoch(shard_id, epoch))
+            self._within(shard_id, f"opening epoch {epoch.number}", self._pool.prepare(shard_id, term, epoch))
             for shard_id in shard_ids
         )
 
@@ -99,7 +119,7 @@ class ShardFleet:
                 return await act
         except TimeoutError:
             raise StartError(f"{shard_id}: {phase} took longer than {self._timeout_s:g} s") from None
-        except ShardDied as error:
+        except ShardError as error:
             raise StartError(f"{shard_id}: {phase} failed: {error}") from None
 
     @staticmethod

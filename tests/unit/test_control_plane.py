@@ -63,6 +63,7 @@ class FakePool:
     def __init__(self) -> None:
         self.shards: dict[ShardId, FakeShard] = {}
         self.num_created = 0
+        self.num_free_slots = 0
         self.loading_error: str | None = None
         self.never_loads = False
         self.drained: list[ShardId] = []
@@ -81,11 +82,25 @@ class FakePool:
             await asyncio.Event().wait()
         return ShardAddress(shard_id=shard_id, node_id="n", host="h", port=1)
 
-    async def serve_epoch(self, shard_id: ShardId, epoch: Epoch) -> None:
-        self._get(shard_id).epochs.append(epoch.number)
+    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch) -> None:
+        shard = self._get(shard_id)
+        if epoch.number not in shard.epochs:
+            shard.epochs.append(epoch.number)
+
+    async def retire(self, shard_id: ShardId, term: int, number: int) -> None:
+        shard = self._get(shard_id)
+        shard.epochs = [epoch for epoch in shard.epochs if epoch != number]
 
     async def report(self, shard_id: ShardId) -> ShardReport:
-        return ShardReport(pid=7, node_id="n", load=self._get(shard_id).load)
+        shard = self._get(shard_id)
+        return ShardReport(
+            pid=7,
+            node_id="n",
+            load=shard.load,
+            epochs=frozenset(shard.epochs),
+            memory_pool="n",
+            num_free_slots=self.num_free_slots,
+        )
 
     async def remove(self, shard_id: ShardId, *, drain_timeout_s: float) -> None:
         if drain_timeout_s > 0:

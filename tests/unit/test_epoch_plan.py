@@ -239,7 +239,5 @@ def test_a_shard_that_nobody_wants_is_removed_once_no_epoch_needs_it(
     third: ShardView, fields: dict[str, Any], removed: bool
 ) -> None:
     routers = [router(4)] if 4 in third.epochs else []
-    removals = [
-        action for action in decide(view({**WELL, C: third}, *routers, **fields)) if isinstance(action, Remove)
-    ]
+    removals = [action for action in decide(view({**WELL, C: third}, *routers, **fields)) if isinstance(action, Remove)]
     assert removals == ([Remove(shard_id=C)] if removed else [])
