@@ -155,9 +155,7 @@ def has_ended(harness: Harness, request_id: str) -> bool:
     return any(output.finish_reason for output in harness.outputs[request_id])
 
 
-def add(
-    harness: Harness, request_id: str, workload: Workload, policy: MissingExpertPolicy | None = None
-) -> None:
+def add(harness: Harness, request_id: str, workload: Workload, policy: MissingExpertPolicy | None = None) -> None:
     prompt_ids = workload.prompt_ids
     resume_ids = true_greedy(prompt_ids, workload.num_resumed, harness.config)
     harness.add(
