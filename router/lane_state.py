@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from router.messages import AbandonEpoch, AdoptEpoch, EpochPrepared, LanesChanged, PrepareEpoch
@@ -18,6 +18,10 @@ class LaneState:
     prepared: int | None = None
     unreachable: Mapping[str, str] = field(default_factory=dict)
     lost: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report to the controller."""
+        return asdict(self)
 
     def without(self, number: int) -> LaneState:
         """The preparation of this epoch was for nothing."""

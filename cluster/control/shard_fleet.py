@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from cluster.control.reconcile import plan_shards
 from cluster.metrics.snapshot import Snapshot
 from experts.epoch import Epoch, ShardAddress
-from experts.placement import ShardId, Slot
+from experts.placement import ShardId
 from experts.shard_spec import ShardSpec
 
 logger = logging.getLogger("arriero.controller")
@@ -85,23 +85,15 @@ class ShardFleet:
         self._pool = pool
         self._timeout_s = timeout_s
 
-    async def load(self, specs: Mapping[ShardId, ShardSpec], epoch: Epoch | None) -> tuple[ShardAddress, ...]:
-        """Adopts the shards that live, creates the others, and waits until every one has loaded.
-
-        epoch: the one in force, if a controller before us had got that far; its dead shards are left out.
-        """
+    async def load(self, specs: Mapping[ShardId, ShardSpec]) -> tuple[ShardAddress, ...]:
+        """Adopts the shards that live, creates the others, and waits until every one has loaded."""
         ids = tuple(specs)
-        served = frozenset() if epoch is None else frozenset(address.shard_id for address in epoch.shards)
-        plan = plan_shards(desired=ids, living=await self._pool.living(ids), served=served)
+        plan = plan_shards(desired=ids, living=await self._pool.living(ids))
         logger.info("shards: adopting %s, creating %s", list(plan.adopt), list(plan.create))
         await self._all(
             self._within(shard_id, "placing", self._pool.create(specs[shard_id])) for shard_id in plan.create
         )
-        return await self._all(
-            self._within(shard_id, "loading", self._pool.address(shard_id))
-            for shard_id in ids
-            if shard_id in plan.adopt or shard_id in plan.create
-        )
+        return await self._all(self._within(shard_id, "loading", self._pool.address(shard_id)) for shard_id in ids)
 
     async def open(self, epoch: Epoch, shard_ids: Iterable[ShardId], *, term: int) -> None:
         """Has the shards serve the epoch."""
@@ -132,10 +124,3 @@ class ShardFleet:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def shard_specs(
-    shard_ids: Iterable[ShardId], slots_by_shard: Mapping[ShardId, tuple[Slot, ...]], **common: Any
-) -> dict[ShardId, ShardSpec]:
-    """common: the fields of ShardSpec in which the shards do not differ."""
-    return {shard_id: ShardSpec(shard_id=shard_id, slots=slots_by_shard[shard_id], **common) for shard_id in shard_ids}
