@@ -91,6 +91,7 @@ class ControlPlane:
             clock=outside.clock,
             suspect_after_s=SUSPECT_AFTER_HEARTBEATS * config.heartbeat_s,
             on_news=self._news.set,
+            on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
         self._retired = asyncio.Event()
         self._retiring = False
@@ -329,7 +330,6 @@ class ControlPlane:
         except (TimeoutError, ShardUnreachable):
             return
         except (ShardDied, ShardRefused) as error:
-            self._note_death(shard.member_id, str(error))
             keeper.note_death(shard_id, str(error))
             return
         keeper.note_report(shard_id, report)

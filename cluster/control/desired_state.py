@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -64,8 +65,12 @@ class Memory:
         return memory
 
     async def change(self, **fields: Any) -> None:
+        await self.update(lambda _: fields)
+
+    async def update(self, change: Callable[[DesiredState], Mapping[str, Any]]) -> None:
+        """change makes new values from those before; no other change comes in between."""
         async with self._changing:
-            state = msgspec.structs.replace(self.state, **fields)
+            state = msgspec.structs.replace(self.state, **change(self.state))
             await self._store.save(state)
             self.state = state
 

@@ -47,14 +47,17 @@ class EpochKeeper:
         timeout_s: float,
         suspect_after_s: float,
         on_news: Callable[[], None],
+        on_death: Callable[[ShardId, str], None],
     ) -> None:
-        """timeout_s: for placing and loading. on_news: something has changed, so ``act`` should be called soon."""
+        """timeout_s: for placing and loading. on_news: something has changed, so ``act`` should be called soon.
+        on_death hears of each shard that is lost, once, and why."""
         self._memory = memory
         self._pool = pool
         self._make_spec = make_spec
         self._clock = clock
         self._timeout_s = timeout_s
         self._on_news = on_news
+        self._on_death = on_death
         self._shards = ShardRecords(suspect_after_s=suspect_after_s)
         self._routers = RouterLeases()
         self._preparing: Preparation | None = None
@@ -76,9 +79,9 @@ class EpochKeeper:
     def note_report(self, shard_id: ShardId, report: ShardReport) -> None:
         self._shards.note_report(shard_id, report, self._clock())
 
-    def note_death(self, shard_id: ShardId, reason: str) -> None:
-        if self._shards.note_death(shard_id):
-            logger.error("%s is lost: %s", shard_id, reason)
+    def note_death(self, shard_id: ShardId, reason: str, *, rests_until_s: float = 0.0) -> None:
+        if self._shards.note_death(shard_id, rests_until_s=rests_until_s):
+            self._on_death(shard_id, reason)
             self._on_news()
 
     def note_router(self, router_id: MemberId, lanes: Mapping[str, Any]) -> None:
@@ -203,9 +206,8 @@ class EpochKeeper:
                 address = await self._pool.address(shard_id)
                 report = await self._pool.report(shard_id)
         except (ShardError, TimeoutError) as error:
-            reason = str(error) or f"not loaded within {self._timeout_s:g} s"
-            logger.error("%s cannot start: %s", shard_id, reason)
-            self._shards.note_death(shard_id, rests_until_s=backoff.fail(self._clock()))
+            reason = str(error) or f"it has not loaded within {self._timeout_s:g} s"
+            self.note_death(shard_id, reason, rests_until_s=backoff.fail(self._clock()))
             return
         logger.info("%s has loaded %d slots", shard_id, len(slots))
         self._shards.note_up(shard_id, address)
@@ -213,16 +215,21 @@ class EpochKeeper:
 
     async def _replace(self, dead: ShardId) -> None:
         new = successor(dead, secrets.token_hex(3))
-        target = {(new if shard == dead else shard): slots for shard, slots in self._memory.state.target.items()}
         logger.warning("%s is replaced by %s", dead, new)
-        await self._memory.change(target=target, shard_ids=(*self._memory.state.shard_ids, new))
+        await self._memory.update(
+            lambda state: {
+                "target": {(new if shard == dead else shard): slots for shard, slots in state.target.items()},
+                "shard_ids": (*state.shard_ids, new),
+            }
+        )
         self._shards.add(new)
         self._load_what_is_named()
 
     async def _remove(self, shard_id: ShardId) -> None:
         await self._pool.remove(shard_id, drain_timeout_s=0.0)
-        left = tuple(name for name in self._memory.state.shard_ids if name != shard_id)
-        await self._memory.change(shard_ids=left)
+        await self._memory.update(
+            lambda state: {"shard_ids": tuple(name for name in state.shard_ids if name != shard_id)}
+        )
         self._shards.drop(shard_id)
         logger.info("%s is removed", shard_id)
 

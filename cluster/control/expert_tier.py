@@ -55,14 +55,16 @@ class ExpertTier:
         clock: Callable[[], float],
         suspect_after_s: float,
         on_news: Callable[[], None],
+        on_death: Callable[[ShardId, str], None],
     ) -> None:
-        """suspect_after_s, on_news: see EpochKeeper."""
+        """suspect_after_s, on_news, on_death: see EpochKeeper."""
         self.config = config
         self._num_cores = num_cores
         self._pool = pool
         self._fleet = ShardFleet(pool, timeout_s=config.start_timeout_s)
         self._suspect_after_s = suspect_after_s
         self._on_news = on_news
+        self._on_death = on_death
         self._memory = memory
         self._clock = clock
         self._failed_at_s: float | None = None
@@ -158,6 +160,7 @@ class ExpertTier:
             timeout_s=self.config.start_timeout_s,
             suspect_after_s=self._suspect_after_s,
             on_news=self._on_news,
+            on_death=self._on_death,
         )
 
     def _epoch_in_force(self) -> Epoch | None:

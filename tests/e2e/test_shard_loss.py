@@ -1,0 +1,199 @@
+"""Shards are killed under open streams of a real service, without a copy of what they hold: nobody may notice more
+than a pause. One service, one fault after the other, each when the view is whole again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import ray
+from answers import Ask
+from conftest import RunApp, Service, Tell, wait_until
+from tiny_models import prompt
+
+from cluster.client import ArrieroClient
+from cluster.client_types import ArrieroError, FinishReason, RetryPolicy, Sampling
+
+pytestmark = pytest.mark.cluster
+
+NUM_STREAMS = 10
+MAX_TOKENS = 300
+WARM_TOKENS = 5
+# A replacement starts a process and imports torch, on a machine that may be busy.
+WHOLE_S = 120.0
+ASKS = [
+    Ask(
+        prompt_ids=prompt(length, seed=length),
+        sampling=Sampling(max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0.7),
+        seed=length,
+    )
+    for length in range(3, 3 + 7 * NUM_STREAMS, 7)
+]
+
+
+@dataclass
+class Stream:
+    """pauses_s: between two messages."""
+
+    token_ids: list[int] = field(default_factory=list)
+    end: FinishReason | None = None
+    longest_pause_s: float = 0.0
+    began: threading.Event = field(default_factory=threading.Event)
+
+    def read(self, client: ArrieroClient, ask: Ask, salt: str) -> None:
+        last_s = None
+        for piece in client.generate(
+            ask.prompt_ids, sampling=ask.sampling, seed=ask.seed, cache_salt=salt, timeout_s=200
+        ):
+            now_s = time.monotonic()
+            if last_s is not None:
+                self.longest_pause_s = max(self.longest_pause_s, now_s - last_s)
+            last_s = now_s
+            assert not piece.degraded
+            self.token_ids += piece.token_ids
+            self.end = piece.finish_reason or self.end
+            if len(self.token_ids) >= WARM_TOKENS:
+                self.began.set()
+
+
+class Crowd:
+    """All asks at once, each read by a thread of its own; no client tries again by itself."""
+
+    def __init__(self, service: Service, salt: str) -> None:
+        self._client = ArrieroClient(
+            service.cluster.grpc_address, application=service.app_name, retry=RetryPolicy(max_tries=1)
+        )
+        self._threads = ThreadPoolExecutor(NUM_STREAMS)
+        self.streams = [Stream() for _ in ASKS]
+        self._reads: list[Future[None]] = [
+            self._threads.submit(stream.read, self._client, ask, salt)
+            for stream, ask in zip(self.streams, ASKS, strict=True)
+        ]
+
+    def wait_until_warm(self) -> None:
+        for stream, read in zip(self.streams, self._reads, strict=True):
+            while not stream.began.wait(0.5):
+                assert not read.done(), read.exception()
+
+    def assert_all_open(self) -> None:
+        assert not any(read.done() for read in self._reads), "the fault comes too late to hit this stream"
+
+    def finish(self) -> list[list[int]]:
+        """The tokens of each; raises what a stream has raised."""
+        for read in self._reads:
+            read.result(240)
+        self._threads.shutdown()
+        self._client.close()
+        assert all(stream.end == "length" for stream in self.streams)
+        return [stream.token_ids for stream in self.streams]
+
+
+@pytest.fixture(scope="module")
+def frail(run_app: RunApp) -> Iterator[Service]:
+    """Two routers, two shards, one copy of each expert, and requests that wait."""
+    with run_app("frail", routers=2, shards=2, stream_interval_ms=0) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(frail: Service) -> list[list[int]]:
+    return Crowd(frail, "undisturbed").finish()
+
+
+def ready_shards(service: Service) -> dict[str, Any]:
+    """By id. Those that have slots in the epoch in force."""
+    return {shard["id"]: shard for shard in service.view()["shards"] if shard["state"] == "ready" and shard["slots"]}
+
+
+def wait_until_whole(service: Service, *, without: str, after_epoch: int) -> None:
+    def is_whole() -> bool:
+        try:
+            view = service.view()
+        except ray.exceptions.RayError:
+            return False
+        shards = [shard for shard in view["shards"] if shard["state"] == "ready"]
+        slots = sorted(tuple(slot) for shard in shards for slot in shard["slots"])
+        return (
+            view["epoch"] > after_epoch
+            and len(shards) == 2
+            and without not in {shard["id"] for shard in shards}
+            and len(slots) == len(set(slots)) == 4 * 8
+            and all(shard["slots"] for shard in shards)
+            and sum(member["state"] == "ready" for member in view["routers"]) == 2
+        )
+
+    wait_until(is_whole, "the view is whole again", timeout_s=WHOLE_S)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_streams_outlive_a_killed_shard_that_had_no_copy(
+    frail: Service, undisturbed: list[list[int]], tell: Tell, nth: int
+) -> None:
+    epoch = frail.view()["epoch"]
+    # Not always the same one: its predecessor's replacement comes last in the view.
+    victim = list(ready_shards(frail).values())[nth % 2]
+    crowd = Crowd(frail, f"kill {nth}")
+    crowd.wait_until_warm()
+    crowd.assert_all_open()
+    kill(victim["pid"])
+    assert crowd.finish() == undisturbed
+    wait_until_whole(frail, without=victim["id"], after_epoch=epoch)
+    pauses = sorted(stream.longest_pause_s for stream in crowd.streams)
+    tell(f"longest pause {pauses[-1]:.2f} s, median {pauses[len(pauses) // 2]:.2f} s; epoch {frail.view()['epoch']}")
+
+
+def test_streams_outlive_the_controller_and_a_shard_killed_together(
+    frail: Service, undisturbed: list[list[int]], tell: Tell
+) -> None:
+    view = frail.view()
+    victim = next(iter(ready_shards(frail).values()))
+    crowd = Crowd(frail, "kill both")
+    crowd.wait_until_warm()
+    crowd.assert_all_open()
+    kill(view["controller"]["pid"])
+    kill(victim["pid"])
+    assert crowd.finish() == undisturbed
+    wait_until_whole(frail, without=victim["id"], after_epoch=view["epoch"])
+    assert frail.view()["controller"]["pid"] != view["controller"]["pid"]
+    tell(f"longest pause {max(stream.longest_pause_s for stream in crowd.streams):.2f} s")
+
+
+def test_all_shards_killed_at_once_only_cost_time(frail: Service, undisturbed: list[list[int]], tell: Tell) -> None:
+    epoch, victims = frail.view()["epoch"], ready_shards(frail)
+    assert len(victims) == 2
+    crowd = Crowd(frail, "kill all")
+    crowd.wait_until_warm()
+    crowd.assert_all_open()
+    for victim in victims.values():
+        kill(victim["pid"])
+    assert crowd.finish() == undisturbed
+    wait_until_whole(frail, without=next(iter(victims)), after_epoch=epoch)
+    assert not set(ready_shards(frail)) & set(victims)
+    tell(f"longest pause {max(stream.longest_pause_s for stream in crowd.streams):.2f} s")
+
+
+def test_a_request_that_shall_not_wait_fails_or_goes_on_degraded(run_app: RunApp) -> None:
+    """No replacement finds a place: the shards have taken all CPUs that there are."""
+    sampling = Sampling(max_tokens=24, ignore_eos=True, temperature=0.0)
+    with run_app("scarce", shards=2, expert_wait_s=2.0) as service:
+        address = service.cluster.grpc_address
+        with ArrieroClient(address, application="scarce", retry=RetryPolicy(max_tries=1)) as client:
+            victims = ready_shards(service)
+            for victim in victims.values():
+                kill(victim["pid"])
+            with pytest.raises(ArrieroError, match="UNAVAILABLE"):
+                list(client.generate([1, 2, 3], sampling=sampling, on_missing_expert="fail"))
+            pieces = list(client.generate([1, 2, 3], sampling=sampling, on_missing_expert="shared_only"))
+            assert sum(len(piece.token_ids) for piece in pieces) == 24
+            assert pieces[-1].degraded
