@@ -80,15 +80,20 @@ class EpochKeeper:
         self._shards.note_report(shard_id, report, self._clock())
 
     def note_death(self, shard_id: ShardId, reason: str, *, rests_until_s: float = 0.0) -> None:
+        if self._stopped:
+            return
         if self._shards.note_death(shard_id, rests_until_s=rests_until_s):
             self._on_death(shard_id, reason)
             self._on_news()
 
     def note_router(self, router_id: MemberId, lanes: Mapping[str, Any]) -> None:
-        if self._routers.note(router_id, lanes, self._clock()):
-            for shard_id, reason in lanes["lost"].items():
+        known = self._routers.get(router_id)
+        if not self._routers.note(router_id, lanes, self._clock()):
+            return
+        for shard_id, reason in lanes["lost"].items():
+            if known is None or shard_id not in known.masked:
                 logger.warning("%s does without %s: %s", router_id, shard_id, reason)
-            self._on_news()
+        self._on_news()
 
     def forget_router(self, router_id: MemberId) -> None:
         self._routers.forget(router_id)

@@ -163,3 +163,20 @@ def test_those_that_wait_are_in_nobodys_way(limits: dict[str, Any]) -> None:
     for request_id, prompt_ids in prompts.items():
         assert harness.token_ids[request_id] == true_greedy(prompt_ids, 12, harness.config)
     harness.assert_all_blocks_free()
+
+
+def test_those_that_wait_give_up_their_blocks_before_anybody_who_moves() -> None:
+    harness = waiting(max_model_len=32, num_free_blocks={"global": 10, "local": 10})
+    harness.model.lost_token_ids = set()
+    for index in range(2):
+        harness.add(f"hit-{index}", tokens(12, seed=index), max_tokens=12)
+        harness.step()
+    harness.model.lost_token_ids = set(range(40))
+    harness.step()
+    assert (harness.engine.stats().num_parked, num_used_blocks(harness)) == (2, 7)
+    harness.model.lost_token_ids = set()
+    harness.add("unharmed", tokens(5, seed=7), max_tokens=14)
+    harness.run()
+    assert harness.token_ids["unharmed"] == true_greedy(tokens(5, seed=7), 14, harness.config)
+    assert harness.engine.stats().num_preemptions == 1
+    assert sum(harness.model.computed) == (12) + (1 + 12) + (1 + 1) + (5 + 13), "who moves computes no token twice"
