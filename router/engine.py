@@ -35,6 +35,7 @@ from router.sampling_state import SamplingState
 from router.scheduler import Scheduler
 from router.sequence import Sequence, SequenceStatus
 from router.sequence_output import StepFailure, sequence_output
+from router.step_failures import find_failures, parts_that_wait, who_is_lost
 from router.step_part import StepPart, lay_out
 from router.step_sampling import collect_prompt_logprobs, sample_parts
 
@@ -184,7 +185,8 @@ class Engine:
         if parts:
             result = self._forward(parts)
             parts = self._park(parts, result.missing_T)
-            failures = self._find_failures(parts, result)
+            failures = find_failures(parts, result, self._dispatcher.lost)
+            self._note_degraded(parts, failures, result.missing_T)
             sampled = sample_parts((part for part in parts if part.sequence not in failures), result.logits_LV)
             outputs += self._update(parts, failures, sampled, result.logits_LV)
         return outputs
@@ -198,17 +200,9 @@ class Engine:
 
     def _park(self, parts: ListOf[StepPart], missing_T: torch.Tensor | None) -> list[StepPart]:
         """Takes this step back from sequences that are to wait for an expert it missed; returns the other parts."""
-        if missing_T is None:
-            return list(parts)
-        missing = missing_T.tolist()
-        waits = [
-            part
-            for part in parts
-            if part.sequence.missing_expert_policy is MissingExpertPolicy.WAIT and any(missing[part.token_rows])
-        ]
-        for part in waits:
+        for part in parts_that_wait(parts, missing_T):
             self._block_manager.take_back(part.sequence)
-            self._parking.park(part.sequence, self._who_is_lost())
+            self._parking.park(part.sequence, who_is_lost(self._dispatcher.lost))
         return [part for part in parts if not part.sequence.parked]
 
     def _give_up_waiting(self) -> list[SequenceOutput]:
@@ -220,27 +214,17 @@ class Engine:
             self._fail(sequence, StepFailure(code=ErrorCode.UNAVAILABLE, error=error)) for sequence, error in failures
         ]
 
-    def _find_failures(self, parts: ListOf[StepPart], result: ForwardResult) -> dict[Sequence, StepFailure]:
-        """Sequences that cannot go on; marks those as degraded that go on without an expert."""
-        failures: dict[Sequence, StepFailure] = {}
-        missing = [] if result.missing_T is None else result.missing_T.tolist()
-        is_finite = result.logits_LV.amax(dim=-1).isfinite().tolist()
+    def _note_degraded(
+        self, parts: ListOf[StepPart], failures: Mapping[Sequence, StepFailure], missing_T: torch.Tensor | None
+    ) -> None:
+        """Marks those that go on without an expert."""
+        if missing_T is None:
+            return
         for part in parts:
-            num_missing = sum(missing[part.token_rows])
-            if num_missing and part.sequence.missing_expert_policy is MissingExpertPolicy.FAIL:
-                failures[part.sequence] = self._missing_expert()
-            elif part.sample_row is not None and not is_finite[part.sample_row]:
-                failures[part.sequence] = StepFailure(code=ErrorCode.INTERNAL, error="the logits are not finite")
-            elif num_missing:
+            num_missing = int(missing_T[part.token_rows].sum())
+            if num_missing and part.sequence not in failures:
                 part.sequence.degraded = True
                 self._num_degraded_tokens += num_missing
-        return failures
-
-    def _missing_expert(self) -> StepFailure:
-        return StepFailure(code=ErrorCode.UNAVAILABLE, error=f"an expert cannot be reached: {self._who_is_lost()}")
-
-    def _who_is_lost(self) -> str:
-        return "; ".join(self._dispatcher.lost.values()) or "no shard is reported lost"
 
     def _update(
         self,

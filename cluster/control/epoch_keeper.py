@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from cluster.control.background_tasks import BackgroundTasks
 from cluster.control.backoff import Backoff
 from cluster.control.desired_state import Memory
 from cluster.control.epoch_plan import Abort, Action, Commit, Prepare, Remove, Replace, Retire, decide
@@ -65,7 +67,7 @@ class EpochKeeper:
         self._starts: dict[str, Backoff] = {}
         self._began_s = clock()
         self._committed_s = float("-inf")
-        self._tasks: dict[Hashable, asyncio.Task[None]] = {}
+        self._tasks = BackgroundTasks(on_end=on_news)
         self._acting = asyncio.Lock()
         self._stopped = False
         self._take_over()
@@ -103,13 +105,15 @@ class EpochKeeper:
         """What the router is to do about epochs; see router.lane_state.EpochOffer."""
         state, router = self._memory.state, self._routers.get(router_id)
         assert state.epoch is not None
-        next_epoch = state.preparing
+        will_fail = self._preparing is None or self._preparing.failure is not None
+        preparing = None if will_fail else state.preparing
+        next_epoch = preparing
         if next_epoch is None and router is not None and router.epoch < state.epoch["number"]:
             next_epoch = state.epoch
         has_it = next_epoch is None or router is None or router.prepared == next_epoch["number"]
         return {
             "in_force": state.epoch["number"],
-            "preparing": None if state.preparing is None else state.preparing["number"],
+            "preparing": None if preparing is None else preparing["number"],
             "prepare": None if has_it else next_epoch,
         }
 
@@ -128,10 +132,7 @@ class EpochKeeper:
         """Returns when nothing is under way any more."""
         self._stopped = True
         async with self._acting:
-            tasks, self._tasks = list(self._tasks.values()), {}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._tasks.stop()
 
     def _take_over(self) -> None:
         """Knows the shards that the memory names. An epoch that was in preparation is given up by the first act: no
@@ -174,25 +175,9 @@ class EpochKeeper:
             case Abort():
                 await self._abort(action)
             case Retire(shard_id=shard_id, number=number):
-                self._begin(("retire", shard_id, number), self._retire(shard_id, number))
+                self._tasks.begin(("retire", shard_id, number), partial(self._retire, shard_id, number))
             case Remove(shard_id=shard_id):
-                self._begin(("remove", shard_id), self._remove(shard_id))
-
-    def _begin(self, key: Hashable, work: Coroutine[Any, Any, None]) -> None:
-        """One task of a kind at a time."""
-        if key in self._tasks:
-            work.close()
-            return
-        task = asyncio.create_task(work)
-        self._tasks[key] = task
-        task.add_done_callback(lambda task: self._has_ended(key, task))
-
-    def _has_ended(self, key: Hashable, task: asyncio.Task[None]) -> None:
-        if self._tasks.get(key) is task:
-            del self._tasks[key]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s failed", key, exc_info=error)
-        self._on_news()
+                self._tasks.begin(("remove", shard_id), partial(self._remove, shard_id))
 
     # Shards
 
@@ -200,8 +185,8 @@ class EpochKeeper:
         """Shards that the memory names and that have not loaded; creating one that is there does nothing."""
         target = target_of(self._memory.state.target).slots_by_shard
         for shard_id in self._shards.loading():
-            if shard_id in target and ("load", shard_id) not in self._tasks:
-                self._begin(("load", shard_id), self._load(shard_id, target[shard_id]))
+            if shard_id in target:
+                self._tasks.begin(("load", shard_id), partial(self._load, shard_id, target[shard_id]))
 
     async def _load(self, shard_id: ShardId, slots: tuple[Slot, ...]) -> None:
         backoff = self._starts.setdefault(lineage(shard_id), Backoff())
@@ -265,7 +250,7 @@ class EpochKeeper:
         logger.info("epoch %d: preparing%s", number, ", to make good a loss" if is_repair else "")
         self._preparing = Preparation(number=number, placement=placement, is_repair=is_repair)
         for shard_id in placement.slots_by_shard:
-            self._begin(("prepare", shard_id, number), self._prepare_shard(shard_id, epoch))
+            self._tasks.begin(("prepare", shard_id, number), partial(self._prepare_shard, shard_id, epoch))
 
     async def _prepare_shard(self, shard_id: ShardId, epoch: Epoch) -> None:
         try:
@@ -305,7 +290,7 @@ class EpochKeeper:
         for shard_id in members:
             # Also those that still load for it and do not serve it yet.
             if shard_id in self._shards.up():
-                self._begin(("retire", shard_id, abort.number), self._retire(shard_id, abort.number))
+                self._tasks.begin(("retire", shard_id, abort.number), partial(self._retire, shard_id, abort.number))
         self._on_news()
 
 

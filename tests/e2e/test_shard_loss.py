@@ -183,17 +183,30 @@ def test_all_shards_killed_at_once_only_cost_time(frail: Service, undisturbed: l
     tell(f"longest pause {max(stream.longest_pause_s for stream in crowd.streams):.2f} s")
 
 
-def test_a_request_that_shall_not_wait_fails_or_goes_on_degraded(run_app: RunApp) -> None:
-    """No replacement finds a place: the shards have taken all CPUs that there are."""
+def test_while_nobody_replaces_lost_shards_each_request_gets_what_its_policy_says(run_app: RunApp) -> None:
+    """The controller sleeps, so nothing changes until it wakes."""
     sampling = Sampling(max_tokens=24, ignore_eos=True, temperature=0.0)
-    with run_app("scarce", shards=2, expert_wait_s=2.0) as service:
+    with run_app("abandoned", shards=2, expert_wait_s=3.0) as service:
+        view = service.view()
+        os.kill(view["controller"]["pid"], signal.SIGSTOP)
+        for shard in view["shards"]:
+            kill(shard["pid"])
         address = service.cluster.grpc_address
-        with ArrieroClient(address, application="scarce", retry=RetryPolicy(max_tries=1)) as client:
-            victims = ready_shards(service)
-            for victim in victims.values():
-                kill(victim["pid"])
-            with pytest.raises(ArrieroError, match="UNAVAILABLE"):
+        with ArrieroClient(address, application="abandoned", retry=RetryPolicy(max_tries=1)) as client:
+            with pytest.raises(ArrieroError, match=r"UNAVAILABLE.*cannot be reached: shard shard-"):
                 list(client.generate([1, 2, 3], sampling=sampling, on_missing_expert="fail"))
             pieces = list(client.generate([1, 2, 3], sampling=sampling, on_missing_expert="shared_only"))
             assert sum(len(piece.token_ids) for piece in pieces) == 24
             assert pieces[-1].degraded
+            with pytest.raises(ArrieroError, match=r"UNAVAILABLE.*could not be reached for 3 s: shard shard-"):
+                list(client.generate([1, 2, 3], sampling=sampling))
+            os.kill(view["controller"]["pid"], signal.SIGCONT)
+            dead = {shard["id"] for shard in view["shards"]}
+            wait_until(
+                lambda: dead <= {shard["id"] for shard in service.view()["shards"] if shard["state"] == "dead"},
+                "the shards are seen dead",
+            )
+            wait_until(lambda: len(ready_shards(service)) == 2, "the shards are replaced", timeout_s=WHOLE_S)
+            pieces = list(client.generate([1, 2, 3], sampling=sampling))
+            assert sum(len(piece.token_ids) for piece in pieces) == 24
+            assert not pieces[-1].degraded

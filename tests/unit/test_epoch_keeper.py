@@ -45,6 +45,7 @@ class FakeRouter:
         self.lost: dict[str, str] = {}
         self.unreachable: dict[str, str] = {}
         self.used: list[int] = [1]
+        self.offered: list[tuple[int, int | None]] = []
 
     def report(self) -> dict[str, Any]:
         lanes = {
@@ -54,6 +55,7 @@ class FakeRouter:
         if not answer["known"]:
             self.plane.take_in(self.member, self.member.member_id)
         offer: dict[str, Any] = answer["offer"]
+        self.offered.append((answer["term"], offer["preparing"]))
         if offer["prepare"] is not None:
             self.prepared = offer["prepare"]["number"]
         if self.prepared == offer["in_force"]:
@@ -291,6 +293,8 @@ async def test_a_reborn_controller_gives_up_what_was_only_prepared_and_goes_on(w
         await life.until(life.is_whole, dt_s=0.05)
     assert life.epoch.number == 3
     assert life.routers[0].used == [1, 3]
+    assert (1, 2) in life.routers[0].offered
+    assert (2, 2) not in life.routers[0].offered
     assert "retire 2 in term 2" in world.pool.shards[first].heard
 
 
