@@ -180,6 +180,17 @@ class ControlPlane:
         num_open, oldest = self._reports.open_choices(self._now(), at_most=at_most)
         return {"num_open": num_open, "choices": [{**asdict(choice), "gateway_id": str(who)} for who, choice in oldest]}
 
+    async def scale_shards(self, num_shards: int) -> tuple[ShardId, ...]:
+        """Wants so many shards from now on, and returns their names; the view shows how it comes about.
+
+        Raises ValueError for a number that cannot be, or while there is nothing to scale; RetiringError.
+        """
+        async with self._changing_tier:
+            self._check_not_retiring()
+            if self._tier.keeper is None:
+                raise ValueError("shards: this service has none, or they have not started yet")
+            return await self._tier.keeper.scale(num_shards)
+
     def view(self) -> dict[str, Any]:
         """What `arriero status --json` prints."""
         epoch = self.state.epoch
@@ -333,7 +344,8 @@ class ControlPlane:
             keeper.note_death(shard_id, str(error))
             return
         keeper.note_report(shard_id, report)
-        seen = replace(shard, pid=report.pid, node_id=report.node_id, state=MemberState.READY)
+        state = MemberState.READY if keeper.is_wanted(shard_id) else MemberState.DRAINING
+        seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
         if self._membership.report(seen, self._now()):
             self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
 

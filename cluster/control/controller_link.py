@@ -117,6 +117,13 @@ class ControllerLink:
             found: dict[str, Any] = await self._controller.get_open_choices.remote(at_most)
         return found
 
+    async def scale_shards(self, num_shards: int, timeout_s: float) -> dict[str, Any]:
+        """See Controller.scale_shards. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            answer: dict[str, Any] = await self._controller.scale_shards.remote(num_shards)
+        return answer
+
     def leave(self, member: Member) -> None:
         """The member ends as it should. Does not wait."""
         if self._reporter is not None:

@@ -20,8 +20,9 @@ from cluster.control.backoff import Backoff
 from cluster.control.desired_state import Memory
 from cluster.control.epoch_plan import Abort, Action, Commit, Prepare, Remove, Replace, Retire, decide
 from cluster.control.epoch_view import LEASE_S, EpochView, Preparation
-from cluster.control.membership import MemberId
-from cluster.control.reconcile import lineage, successor
+from cluster.control.membership import MemberId, MemberState
+from cluster.control.reconcile import further_shards, lineage, successor
+from cluster.control.resize import check_count, resize
 from cluster.control.router_leases import RouterLeases
 from cluster.control.shard_fleet import ShardDied, ShardError, ShardPool, ShardReport
 from cluster.control.shard_records import ShardRecords
@@ -117,7 +118,30 @@ class EpochKeeper:
             "prepare": None if has_it else next_epoch,
         }
 
+    def is_wanted(self, shard_id: ShardId) -> bool:
+        """Whether the shard is to stay."""
+        return shard_id in self._memory.state.target
+
     # What is done about it
+
+    async def scale(self, num_shards: int) -> tuple[ShardId, ...]:
+        """Wants so many shards from now on, and returns them; ``act`` brings that about. Those that do not serve leave
+        first, then the last. Raises ValueError for a number that cannot be."""
+        async with self._acting:
+            target = target_of(self._memory.state.target)
+            check_count(target, num_shards)
+            views = self._shards.views(self._clock())
+            known = sorted(target.slots_by_shard, key=lambda shard: views[shard].state is not MemberState.READY)
+            further = further_shards(views, max(0, num_shards - len(known)), secrets.token_hex(3))
+            wanted = resize(target, [*known[:num_shards], *further])
+            logger.info("scaling from %d to %d shards", len(known), num_shards)
+            await self._memory.update(
+                lambda state: {"target": dict(wanted.slots_by_shard), "shard_ids": (*state.shard_ids, *further)}
+            )
+            for shard_id in further:
+                self._shards.add(shard_id)
+        self._on_news()
+        return tuple(wanted.slots_by_shard)
 
     async def act(self) -> None:
         """One round: decides, and begins or does what was decided."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,13 @@ def lineage(shard_id: ShardId) -> str:
 def successor(shard_id: ShardId, incarnation: str) -> ShardId:
     """The name of the shard that replaces this one."""
     return ShardId(f"{lineage(shard_id)}-{incarnation}")
+
+
+def further_shards(known: Collection[ShardId], count: int, incarnation: str) -> tuple[ShardId, ...]:
+    """Names of count more shards, of lineages that are free."""
+    taken = {lineage(shard_id) for shard_id in known}
+    names = (ShardId(f"shard-{index}-{incarnation}") for index in itertools.count())
+    return tuple(itertools.islice((name for name in names if lineage(name) not in taken), count))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -352,3 +352,87 @@ async def test_a_service_that_retires_while_a_shard_is_replaced_leaves_nothing(w
         await life.plane.retire()
     assert world.pool.shards == {}
     assert world.store.data is None
+
+
+async def grow_or_shrink(life: Life, count: int) -> None:
+    wanted = await life.plane.scale_shards(count)
+    assert len(wanted) == count
+    await life.until(lambda: life.is_whole() and set(life.world.pool.shards) == set(wanted))
+
+
+@scenario
+async def test_shards_grow_and_shrink_and_nobody_is_left_over(world: World) -> None:
+    life = await begin(world)
+    with running(life.plane):
+        for count in (3, 5, 2):
+            await grow_or_shrink(life, count)
+            counts = [len(slots) for slots in life.epoch.placement.slots_by_shard.values()]
+            assert max(counts) - min(counts) <= 1
+    assert {shard["id"] for shard in life.plane.view()["shards"]} == set(world.pool.shards)
+
+
+@scenario
+async def test_a_shard_that_leaves_serves_until_the_others_have_loaded_what_it_holds(world: World) -> None:
+    life = await begin(world)
+    first, second = world.pool.shards
+    with running(life.plane):
+        await life.until(lambda: world.now_s > 0.1)
+        world.pool.shards[first].may_prepare.clear()
+        assert await life.plane.scale_shards(1) == (first,)
+        await life.until(lambda: any(heard.startswith("prepare 2") for heard in world.pool.shards[first].heard))
+        assert life.epoch.number == 1
+        await life.until(lambda: {s["id"]: s["state"] for s in life.plane.view()["shards"]}[second] == "draining")
+        world.pool.shards[first].may_prepare.set()
+        await life.until(lambda: life.is_whole() and set(world.pool.shards) == {first})
+
+
+@scenario
+async def test_a_shard_that_dies_while_others_are_added_is_replaced_first(world: World) -> None:
+    life = await begin(world)
+    first, second = world.pool.shards
+    with running(life.plane):
+        await life.until(lambda: world.now_s > 0.1)
+        world.pool.shards[first].may_prepare.clear()
+        await life.plane.scale_shards(3)
+        await life.until(lambda: any(heard.startswith("prepare 2") for heard in world.pool.shards[first].heard))
+        world.pool.kill(second)
+        world.pool.shards[first].may_prepare.set()
+        await life.until(lambda: life.is_whole() and len(world.pool.shards) == 3)
+    assert second not in world.pool.shards
+
+
+@scenario
+async def test_a_dead_shard_is_the_first_to_leave(world: World) -> None:
+    life = await begin(world)
+    first, second = world.pool.shards
+    with running(life.plane):
+        await life.until(lambda: world.now_s > 0.1)
+        world.pool.never_loads = True
+        world.pool.kill(first)
+        await life.until(lambda: len(life.plane.state.shard_ids) == 2 and first not in life.plane.state.shard_ids)
+        assert await life.plane.scale_shards(1) == (second,)
+        world.pool.never_loads = False
+        await life.until(lambda: life.is_whole() and len(world.pool.shards) == 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"), [(0, "between 1, .* not 0"), (-3, "not -3"), (9, "and 8, the slots"), (10**12, "not 1000")]
+)
+def test_a_number_of_shards_that_cannot_be_is_refused(world: World, count: int, reason: str) -> None:
+    async def act() -> None:
+        life = await begin(world)
+        with pytest.raises(ValueError, match=reason):
+            await life.plane.scale_shards(count)
+        assert len(life.plane.state.target) == 2
+
+    run(act)
+
+
+def test_a_service_without_shards_has_nothing_to_scale(world: World) -> None:
+    async def act() -> None:
+        world.config = world.config.model_copy(update={"shards": 0})
+        life = await begin(world)
+        with pytest.raises(ValueError, match="this service has none"):
+            await life.plane.scale_shards(2)
+
+    run(act)

@@ -1,5 +1,14 @@
 from cluster.config import ServiceConfig
-from cluster.control.reconcile import AppWatch, ShardPlan, lineage, plan_shards, shard_changes, shard_ids, successor
+from cluster.control.reconcile import (
+    AppWatch,
+    ShardPlan,
+    further_shards,
+    lineage,
+    plan_shards,
+    shard_changes,
+    shard_ids,
+    successor,
+)
 from experts.placement import ShardId
 
 A, B, C = ShardId("a"), ShardId("b"), ShardId("c")
@@ -15,6 +24,11 @@ def test_a_replacement_is_of_the_same_lineage_under_another_name() -> None:
     after = successor(first, "y")
     assert after != first
     assert lineage(after) == lineage(first) == "shard-0"
+
+
+def test_further_shards_take_free_lineages() -> None:
+    known = [ShardId("shard-0-x"), ShardId("shard-2-y")]
+    assert further_shards(known, 3, "z") == ("shard-1-z", "shard-3-z", "shard-4-z")
 
 
 def test_a_first_start_creates_every_shard() -> None:
