@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "answer one prompt in this process, without a server",
     "checkpoint": "make checkpoints with random weights to try things on",
     "chat": "chat with a running service in the terminal",
+    "scale": "change the number of expert shards of a running service",
     "status": "show the members, expert shards and load of a running service",
 }
 

@@ -82,10 +82,14 @@ class ServiceConfig(BaseModel):
         20, ge=0, description="After the first token a stream gets at most one message in this time. 0: every step."
     )
 
-    on_missing_expert: Literal["fail", "shared_only"] = Field(
-        "fail", description="When no living shard has an expert. fail: end the request with UNAVAILABLE. "
-        "shared_only: go on with the shared expert alone and flag the response.",
+    on_missing_expert: Literal["wait", "fail", "shared_only"] = Field(
+        "wait", description="When no living shard has an expert. wait: until another one has it, expert_wait_s at "
+        "most. fail: end the request with UNAVAILABLE. shared_only: go on with the shared expert alone and flag the "
+        "response.",
     )  # fmt: skip
+    expert_wait_s: float = Field(
+        120.0, gt=0, description="How long a request waits for an expert that no living shard has."
+    )
     lane_timeout_s: float = Field(
         30.0, gt=0, description="How long a router waits for a shard's answer before it takes the shard for lost."
     )
@@ -133,13 +137,6 @@ class ServiceConfig(BaseModel):
     def _check_app_name(cls, value: str) -> str:
         if not APP_NAME.fullmatch(value):
             raise ValueError("must be 1 to 63 letters, digits, '_', '.' or '-', the first a letter or digit")
-        return value
-
-    @field_validator("on_missing_expert", mode="before")
-    @classmethod
-    def _check_policy(cls, value: object) -> object:
-        if value == "wait":
-            raise ValueError("'wait' comes with failover, which this version does not have: use fail or shared_only")
         return value
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ def engine_settings(config: ServiceConfig) -> EngineSettings:
         block_size=config.block_size,
         num_kv_blocks=config.num_kv_blocks,
         on_missing_expert=MissingExpertPolicy(config.on_missing_expert),
+        expert_wait_s=config.expert_wait_s,
         lane_timeout_s=config.lane_timeout_s,
         log=config.log_settings,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -18,6 +20,7 @@ from cluster.engine_settings import engine_settings
 from cluster.metrics.member_snapshots import router_snapshot
 from experts.logs import configure_logging
 from experts.process_memory import resident_bytes
+from router.lane_state import EpochOffer
 from router.messages import EngineStats, Start
 from router.replica import EngineDiedError, Router, RouterTimeouts
 
@@ -35,6 +38,7 @@ class RouterReplica:
         self._router: Router | None = None
         self._link: ControllerLink | None = None
         self._is_leaving = threading.Event()
+        self._is_reporting = False
         service = parse_config(config)
         router_id = MemberId(f"router-{secrets.token_hex(3)}")
         configure_logging(service.log_settings, process=router_id)
@@ -45,13 +49,16 @@ class RouterReplica:
         self._link = ControllerLink(service)
         welcome = await self._link.join_router(self._member)
         self._router = Router(
-            timeouts=RouterTimeouts(start_s=service.start_timeout_s), on_death=self._leave_with_engine
+            timeouts=RouterTimeouts(start_s=service.start_timeout_s),
+            on_death=self._leave_with_engine,
+            on_lanes=_in_loop(self._lanes_changed),
         )
         ready = await self._router.start(_start_message(router_id, welcome))
         self._member = Member(
             member_id=router_id, kind=MemberKind.ROUTER, pid=ready.pid, node_id=node_id, state=MemberState.READY
         )
-        self._link.start_reporting(self._report)
+        self._link.start_reporting(self._report, self._follow)
+        self._is_reporting = True
 
     async def generate(self, request: bytes) -> bytes:
         """See router.replica.Router.generate."""
@@ -96,12 +103,37 @@ class RouterReplica:
         timer.start()
 
     def _report(self) -> tuple[Member, MemberReport]:
-        stats = None if self._router is None else self._router.stats
-        if self._router is None or stats is None:
+        if self._router is None:
             return self._member, MemberReport()
+        stats, lanes = self._router.stats, self._router.lanes
+        told_lanes = None if lanes.epoch is None else lanes.to_dict()
+        if stats is None:
+            return self._member, MemberReport(lanes=told_lanes)
         memory = resident_bytes(self._member.pid)
         metrics = router_snapshot(stats, step_s=self._router.step_s, resident_bytes=memory)
-        return self._member, MemberReport(load=stats.expert_load, metrics=metrics)
+        return self._member, MemberReport(load=stats.expert_load, metrics=metrics, lanes=told_lanes)
+
+    def _lanes_changed(self) -> None:
+        """A lost shard is told at once, and so is that an epoch is prepared: others wait for it."""
+        if self._link is not None and self._is_reporting:
+            self._link.report_now()
+
+    def _follow(self, offer: dict[str, Any]) -> None:
+        if self._router is not None:
+            self._router.follow(EpochOffer(**offer))
+
+
+def _in_loop(act: Callable[[], None]) -> Callable[[], None]:
+    """The same for another thread: act is called in the event loop that runs now."""
+    loop = asyncio.get_running_loop()
+
+    def call() -> None:
+        try:
+            loop.call_soon_threadsafe(act)
+        except RuntimeError:
+            logger.debug("the replica has ended")
+
+    return call
 
 
 def _start_message(router_id: str, welcome: dict[str, Any]) -> Start:

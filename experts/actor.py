@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,19 +19,22 @@ class ExpertShardActor:
     """A plain class; whoever creates it wraps it with ``ray.remote`` and chooses name, place and resources.
 
     Loads its slots, listens on its node's address on a port the system chooses, and computes in a thread of its
-    own, so control calls may come at any time. One call at a time is enough (max_concurrency 1).
+    own, so control calls may come at any time. Some of them wait: give it a max_concurrency of a few calls.
     """
 
     def __init__(self, spec: ShardSpec) -> None:
         """Returns once the shard has loaded and listens. Raises as ``load_shard`` and ``ShardServer`` do."""
         # Here, because they load torch, which a controller that only creates shards does without.
         from experts.server import ShardServer
-        from experts.shard_loader import load_shard
+        from experts.shard_control import ShardControl
+        from experts.shard_loader import load_more, load_shard, num_free_slots
 
         configure_logging(spec.log, process=spec.shard_id)
         self._spec = spec
         self._node_id = ray.get_runtime_context().get_node_id()
         self._shard = load_shard(spec)
+        self._control = ShardControl(self._shard, partial(load_more, spec))
+        self._num_free_slots = partial(num_free_slots, spec)
         self._server = ShardServer(
             self._shard,
             secret=spec.secret,
@@ -44,9 +48,13 @@ class ExpertShardActor:
             shard_id=self._spec.shard_id, node_id=self._node_id, host=self._server.host, port=self._server.port
         )
 
-    def serve_epoch(self, epoch: Mapping[str, Any]) -> None:
-        """epoch: ``Epoch.to_dict()``. Raises ValueError as ``Shard.serve_epoch`` does."""
-        self._shard.serve_epoch(Epoch.from_dict(epoch))
+    def prepare(self, term: int, epoch: Mapping[str, Any]) -> None:
+        """epoch: ``Epoch.to_dict()``. Returns once the shard serves it. Raises as ``ShardControl.prepare`` does."""
+        self._control.prepare(term, Epoch.from_dict(epoch))
+
+    def retire(self, term: int, number: int) -> None:
+        """See ``ShardControl.retire``."""
+        self._control.retire(term, number)
 
     def stats(self) -> dict[str, Any]:
         """Who and where this is, what it holds and what it did. Raises RuntimeError once its service has failed."""
@@ -66,6 +74,8 @@ class ExpertShardActor:
             "epochs": list(self._shard.epochs),
             "num_bytes": self._shard.num_bytes,
             "resident_bytes": resident_bytes(),
+            "memory_pool": self._memory_pool(),
+            "num_free_slots": self._num_free_slots(),
         }
 
     def drain(self, timeout_s: float = 30.0) -> None:
@@ -75,3 +85,9 @@ class ExpertShardActor:
     def wait_closed(self, timeout_s: float | None = None) -> bool:
         """Whether the service has ended within timeout_s; without one it waits as long as the drain lasts."""
         return self._server.wait_closed(timeout_s)
+
+    def _memory_pool(self) -> str:
+        """Shards that name the same one fill the same memory."""
+        if self._spec.device == "cpu":
+            return self._node_id
+        return f"{self._node_id}/gpu-{','.join(map(str, ray.get_gpu_ids()))}"

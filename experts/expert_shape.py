@@ -12,3 +12,7 @@ class ExpertShape:
     hidden_size: int
     intermediate_size: int
     num_experts: int
+
+    def slot_bytes(self, itemsize: int) -> int:
+        """Of one expert's three matrices, in a dtype of this many bytes."""
+        return 3 * self.hidden_size * self.intermediate_size * itemsize

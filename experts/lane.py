@@ -13,14 +13,14 @@ import logging
 import selectors
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from experts.destinations import choose_shards
 from experts.dispatch import Combined, Handle, finish
-from experts.epoch import Epoch
+from experts.epoch import Epoch, ShardAddress
 from experts.message import Header, Identity, Kind, request_header
 from experts.placement import ShardId, Slot
 from experts.routed_rows import ExpertSpan, RoutedRows, route_rows
@@ -41,7 +41,7 @@ class _Request:
 
 
 class LaneDispatcher:
-    """One router rank's connections to the shards of one epoch. A new epoch gets a new dispatcher."""
+    """One router rank's connections to the shards of the epoch it uses; ``adopt`` brings it into another one."""
 
     def __init__(
         self,
@@ -63,6 +63,9 @@ class LaneDispatcher:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         self.lost: dict[ShardId, str] = {}
         self._epoch = epoch
+        self._lane_id = lane_id
+        self._secret = secret
+        self._connect = connect
         self._timeout_s = timeout_s
         self._copy_offset = zlib.crc32(lane_id.encode())
         self._step: int | None = None
@@ -70,9 +73,8 @@ class LaneDispatcher:
         self._links: dict[ShardId, Link] = {}
         self._requests: dict[ShardId, dict[Identity, _Request]] = {}
         self._selector = selectors.DefaultSelector()
-        for shard_id, slots in epoch.placement.slots_by_shard.items():
-            if slots:
-                self._open(shard_id, lane_id, secret, connect)
+        for shard_id in self.lacks(epoch):
+            self._open(shard_id)
 
     @property
     def max_rows(self) -> int | None:
@@ -85,11 +87,7 @@ class LaneDispatcher:
             raise ValueError(f"step must be above {self._step}, got {step}")
         self._step = step
         self._dispatches_of_layer.clear()
-        for shard_id, requests in self._requests.items():
-            for request in requests.values():
-                request.handle.abandoned = True
-                self._links[shard_id].abandon(request.header)
-            requests.clear()
+        self._abandon_requests()
 
     def dispatch(
         self, layer: int, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_scores_TK: torch.Tensor
@@ -127,16 +125,66 @@ class LaneDispatcher:
         self._requests.clear()
         self._selector.close()
 
-    def _open(self, shard_id: ShardId, lane_id: str, secret: bytes, connect: Connector) -> None:
+    # Epochs
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch.number
+
+    def lacks(self, epoch: Epoch) -> tuple[ShardId, ...]:
+        """The shards of an epoch to which there is no living link: those must be connected before it is adopted."""
+        placement = epoch.placement.slots_by_shard
+        return tuple(shard_id for shard_id, slots in placement.items() if slots and shard_id not in self._links)
+
+    def connect(self, address: ShardAddress) -> Link:
+        """A new link, for ``adopt``. May be called from any thread. Raises LinkError, at the latest at timeout_s."""
+        return self._connect(address, lane_id=self._lane_id, secret=self._secret, timeout_s=self._timeout_s)
+
+    def adopt(self, epoch: Epoch, opened: Mapping[ShardId, Link], failed: Mapping[ShardId, str]) -> None:
+        """Goes over to another epoch, between two steps: handles that are open are abandoned.
+
+        Living links to shards that stay are kept, as are the masks of those for which there is no new link; opened
+        and failed come from ``connect``. Links to shards that the epoch does not have are closed.
+        """
+        self._abandon_requests()
+        stays = {shard_id for shard_id, slots in epoch.placement.slots_by_shard.items() if slots}
+        for shard_id in [*self._links]:
+            if shard_id not in stays or shard_id in opened:
+                self._drop_link(shard_id)
+        self._epoch = epoch
+        for shard_id, link in opened.items():
+            if shard_id in stays:
+                self._take_link(shard_id, link)
+            else:
+                link.close()
+        reasons = {**self.lost, **failed}
+        self.lost = {shard_id: reasons.get(shard_id, "never connected") for shard_id in self.lacks(epoch)}
+
+    def _open(self, shard_id: ShardId) -> None:
         address = self._epoch.address_of(shard_id)
         try:
-            link = connect(address, lane_id=lane_id, secret=secret, timeout_s=self._timeout_s)
+            self._take_link(shard_id, self.connect(address))
         except LinkError as error:
-            self.lost[shard_id] = f"shard {address}, no layer yet, {error}"
-            return
+            self.lost[shard_id] = not_connected(address, error)
+
+    def _take_link(self, shard_id: ShardId, link: Link) -> None:
         self._links[shard_id] = link
         self._requests[shard_id] = {}
         self._selector.register(link, selectors.EVENT_READ, data=shard_id)
+
+    def _drop_link(self, shard_id: ShardId) -> list[_Request]:
+        """Closes the link and returns the requests that were under way on it."""
+        link = self._links.pop(shard_id)
+        self._selector.unregister(link)
+        link.close()
+        return list(self._requests.pop(shard_id).values())
+
+    def _abandon_requests(self) -> None:
+        for shard_id, requests in self._requests.items():
+            for request in requests.values():
+                request.handle.abandoned = True
+                self._links[shard_id].abandon(request.header)
+            requests.clear()
 
     def _check(self, layer: int, routed: RoutedRows) -> None:
         placement = self._epoch.placement
@@ -254,12 +302,9 @@ class LaneDispatcher:
 
     def _lose(self, shard_id: ShardId, *, phase: str, why: str) -> None:
         """Masks the shard, keeps the reason, and sends what it owed elsewhere. Idempotent."""
-        link = self._links.pop(shard_id, None)
-        if link is None:
+        if shard_id not in self._links:
             return
-        self._selector.unregister(link)
-        link.close()
-        owed = list(self._requests.pop(shard_id).values())
+        owed = self._drop_link(shard_id)
         layers = sorted({request.header.identity.layer for request in owed})
         where = f"layer {', '.join(map(str, layers))}" if layers else "no rows under way"
         self.lost[shard_id] = f"shard {self._epoch.address_of(shard_id)}, {where}, phase {phase}: {why}"
@@ -267,3 +312,8 @@ class LaneDispatcher:
         for request in owed:
             request.handle.num_pending -= 1
             self._send(request.handle, request.spans)
+
+
+def not_connected(address: ShardAddress, error: LinkError) -> str:
+    """Why a shard is lost from the start."""
+    return f"shard {address}, no layer yet, {error}"

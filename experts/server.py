@@ -172,6 +172,8 @@ class ShardServer:
             self._poll(timeout_s=0.0 if self._tiles else 1.0)
             if self._tiles:
                 self._compute_tile()
+            if self._shard.has_retired:
+                self._shard.free_retired(in_use=self._tiles.slots)
 
     def _finished(self) -> bool:
         if self._closing is not _Closing.DRAINING:

@@ -5,7 +5,8 @@ Shapes: R routed rows, D model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -19,7 +20,8 @@ from experts.placement import ShardId, Slot
 class Shard:
     """Computes experts. Serves at most MAX_EPOCHS epochs and refuses every other; it never repairs.
 
-    ``serve_epoch`` may be called by another thread than ``apply_expert``: the table of epochs is replaced whole.
+    Epochs may be changed by other threads than the one that computes: tables are replaced whole, and weights that
+    no epoch needs any more go only when the computing thread says that none of their rows wait.
     """
 
     MAX_EPOCHS = 2
@@ -42,11 +44,14 @@ class Shard:
         self.weights_version = weights_version
         self.load = ExpertLoad(slots)
         self._slots = dict(slots)
+        self._retired: frozenset[Slot] = frozenset()
         self._epochs: dict[int, frozenset[Slot]] = {}
+        self._changing = threading.Lock()
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return tuple(sorted(self._slots))
+        """Those it holds for good: what waits to be freed does not count."""
+        return tuple(sorted(self._slots.keys() - self._retired))
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -57,25 +62,52 @@ class Shard:
     def num_bytes(self) -> int:
         return sum(mlp.num_bytes for mlp in self._slots.values())
 
-    def serve_epoch(self, epoch: Epoch) -> None:
-        """Serves the epoch from now on; the oldest one retires if that makes more than MAX_EPOCHS. Idempotent.
+    def serve_epoch(self, epoch: Epoch, loaded: Mapping[Slot, Mlp] | None = None) -> None:
+        """Serves the epoch from now on, with these further slots. Idempotent.
 
-        Raises ValueError if the number is below the newest served one, or the weights version or a slot that
-        the epoch places here is not loaded.
+        Raises ValueError if the number is below the newest served one, if MAX_EPOCHS others are served, or if the
+        weights version or a slot that the epoch places here is not loaded.
         """
-        mine = frozenset(epoch.placement.slots_by_shard.get(self.shard_id, ()))
+        with self._changing:
+            slots = {**self._slots, **(loaded or {})}
+            mine = frozenset(epoch.placement.slots_by_shard.get(self.shard_id, ()))
+            self._check(epoch, missing=mine - (slots.keys() - self._retired) - (loaded or {}).keys())
+            self.load.add_slots(slots)
+            self._slots = slots
+            self._retired -= mine
+            self._epochs = {**self._epochs, epoch.number: mine}
+
+    def _check(self, epoch: Epoch, *, missing: Collection[Slot]) -> None:
         if self._epochs and epoch.number < max(self._epochs):
             raise ValueError(f"epoch {epoch.number} is older than the served epoch {max(self._epochs)}")
+        if len(self._epochs.keys() - {epoch.number}) >= self.MAX_EPOCHS:
+            raise ValueError(f"epoch {epoch.number} would be one too many beside {list(self._epochs)}")
         if epoch.weights_version != self.weights_version:
             raise ValueError(f"weights_version {epoch.weights_version} is not the loaded {self.weights_version}")
-        if missing := mine - self._slots.keys():
+        if missing:
             raise ValueError(f"epoch {epoch.number} places slots that {self.shard_id} lacks: {sorted(missing)}")
-        served = {**self._epochs, epoch.number: mine}
-        self._epochs = dict(sorted(served.items())[-self.MAX_EPOCHS :])
 
     def retire_epoch(self, number: int) -> None:
-        """Refuses the epoch from now on. Idempotent."""
-        self._epochs = {served: slots for served, slots in self._epochs.items() if served != number}
+        """Refuses the epoch from now on; slots that no other one needs are to be freed. Idempotent.
+
+        With the last epoch no slot goes: a shard that was forgotten while it slept keeps its weights for the next.
+        """
+        with self._changing:
+            self._epochs = {served: slots for served, slots in self._epochs.items() if served != number}
+            if self._epochs:
+                self._retired = frozenset(self._slots.keys() - frozenset().union(*self._epochs.values()))
+
+    @property
+    def has_retired(self) -> bool:
+        """Whether ``free_retired`` might have something to do."""
+        return bool(self._retired)
+
+    def free_retired(self, *, in_use: Collection[Slot]) -> None:
+        """Drops the weights of retired slots but for those whose rows still wait. For the computing thread."""
+        with self._changing:
+            freed = self._retired - frozenset(in_use)
+            self._slots = {slot: mlp for slot, mlp in self._slots.items() if slot not in freed}
+            self._retired -= freed
 
     def refusal(self, *, epoch: int, weights_version: int, slots: Iterable[Slot]) -> Refusal | None:
         """Why a request must be refused; None when it may be computed."""

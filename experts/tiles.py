@@ -68,6 +68,11 @@ class TileQueue:
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
+    @property
+    def slots(self) -> set[Slot]:
+        """Those of which rows wait."""
+        return {Slot(waiting.layer, expert) for waiting in self._waiting for expert in waiting.spans}
+
     def add(self, lane: LaneEnd, request: RowRequest) -> None:
         spans: dict[int, tuple[int, int]] = {}
         start = 0

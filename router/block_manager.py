@@ -81,6 +81,14 @@ class BlockManager:
             sequence.global_blocks.append(self.global_pool.allocate())
             sequence.local_blocks.append(self.local_pool.allocate())
 
+    def take_back(self, sequence: Sequence) -> None:
+        """Releases what ``allocate`` has given for tokens that were not computed after all."""
+        num_kept = self._geometry.num_blocks(sequence.num_computed_tokens)
+        for table, pool in ((sequence.global_blocks, self.global_pool), (sequence.local_blocks, self.local_pool)):
+            for block_id in reversed(table[num_kept:]):
+                pool.release(block_id)
+            del table[num_kept:]
+
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
         """Counts num_tokens more as computed, once their step has ended: publishes the blocks that are now full,
         unless the sequence is degraded, then releases the local blocks of chunks that are passed."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ListOf
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from router.messages import (
     SequenceOutput,
 )
 from router.model import ForwardResult
+from router.parking import Parking
 from router.prefix_cache.block_hash import root_hash
 from router.request_check import check_request
 from router.sampler import Sampled
@@ -33,6 +35,7 @@ from router.sampling_state import SamplingState
 from router.scheduler import Scheduler
 from router.sequence import Sequence, SequenceStatus
 from router.sequence_output import StepFailure, sequence_output
+from router.step_failures import find_failures, parts_that_wait, who_is_lost
 from router.step_part import StepPart, lay_out
 from router.step_sampling import collect_prompt_logprobs, sample_parts
 
@@ -62,18 +65,24 @@ class Engine:
         dispatcher: Dispatcher,
         config: ModelConfig,
         limits: EngineLimits,
-        on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.FAIL,
+        on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.WAIT,
+        expert_wait_s: float = 120.0,
         weights_version: int = 0,
         expert_load: ExpertLoad | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """on_missing_expert is for requests that do not say. weights_version keys the prefix cache. expert_load is
-        of experts in this process. Raises ValueError when the block size does not divide the attention chunk."""
+        """on_missing_expert is for requests that do not say; those that wait do so for expert_wait_s at most.
+        weights_version keys the prefix cache. expert_load is of experts in this process.
+
+        Raises ValueError when the block size does not divide the attention chunk."""
         self._model = model
         self._kv_cache = kv_cache
         self._dispatcher = dispatcher
         self._config = config
         self._limits = limits
         self._on_missing_expert = on_missing_expert
+        self._expert_wait_s = expert_wait_s
+        self._parking = Parking(max_wait_s=expert_wait_s, clock=clock)
         self._weights_version = weights_version
         self._expert_load = expert_load
         self._block_manager = BlockManager(
@@ -125,9 +134,13 @@ class Engine:
         """Drops a request and frees its blocks at once; it gets no further output. An unknown one is no error: it
         may just have ended."""
         self._ended_at_add.pop(request_id, None)
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self._scheduler.remove(sequence)
+            self._end(sequence)
+
+    def resume_parked(self) -> None:
+        """Another epoch has been adopted: what sequences wait for may be there."""
+        self._parking.resume_all()
 
     def _new_sequence(self, request: GenerateRequest) -> Sequence:
         params = request.params
@@ -154,19 +167,26 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether step() would do or return anything."""
-        return bool(self._sequences or self._ended_at_add)
+        """Whether step() would do or return anything: not while all that there is waits for experts."""
+        return bool(self._ended_at_add) or self._has_runnable or self._parking.has_overdue
+
+    @property
+    def _has_runnable(self) -> bool:
+        return len(self._sequences) > self._parking.num_parked
 
     @torch.inference_mode()
     def step(self) -> list[SequenceOutput]:
         """Schedule, forward, sample, update. Returns what is new, at most one output per request."""
         outputs = list(self._ended_at_add.values())
         self._ended_at_add.clear()
+        outputs += self._give_up_waiting()
         parts = lay_out(self._scheduler.schedule())
-        assert bool(parts) == bool(self._sequences), "a step without progress"
+        assert bool(parts) == self._has_runnable, "a step without progress"
         if parts:
             result = self._forward(parts)
-            failures = self._find_failures(parts, result)
+            parts = self._park(parts, result.missing_T)
+            failures = find_failures(parts, result, self._dispatcher.lost)
+            self._note_degraded(parts, failures, result.missing_T)
             sampled = sample_parts((part for part in parts if part.sequence not in failures), result.logits_LV)
             outputs += self._update(parts, failures, sampled, result.logits_LV)
         return outputs
@@ -178,25 +198,33 @@ class Engine:
         batch = build_batch(slices, self._config, self._limits.block_size, self._model.device)
         return self._model.forward(batch, self._kv_cache, self._dispatcher)
 
-    def _find_failures(self, parts: ListOf[StepPart], result: ForwardResult) -> dict[Sequence, StepFailure]:
-        """Sequences that cannot go on; marks those as degraded that go on without an expert."""
-        failures: dict[Sequence, StepFailure] = {}
-        missing = [] if result.missing_T is None else result.missing_T.tolist()
-        is_finite = result.logits_LV.amax(dim=-1).isfinite().tolist()
+    def _park(self, parts: ListOf[StepPart], missing_T: torch.Tensor | None) -> list[StepPart]:
+        """Takes this step back from sequences that are to wait for an expert it missed; returns the other parts."""
+        for part in parts_that_wait(parts, missing_T):
+            self._block_manager.take_back(part.sequence)
+            self._parking.park(part.sequence, who_is_lost(self._dispatcher.lost))
+        return [part for part in parts if not part.sequence.parked]
+
+    def _give_up_waiting(self) -> list[SequenceOutput]:
+        failures = [
+            (sequence, f"an expert could not be reached for {self._expert_wait_s:g} s: {reason}")
+            for sequence, reason in self._parking.overdue()
+        ]
+        return [
+            self._fail(sequence, StepFailure(code=ErrorCode.UNAVAILABLE, error=error)) for sequence, error in failures
+        ]
+
+    def _note_degraded(
+        self, parts: ListOf[StepPart], failures: Mapping[Sequence, StepFailure], missing_T: torch.Tensor | None
+    ) -> None:
+        """Marks those that go on without an expert."""
+        if missing_T is None:
+            return
         for part in parts:
-            num_missing = sum(missing[part.token_rows])
-            if num_missing and part.sequence.missing_expert_policy is MissingExpertPolicy.FAIL:
-                failures[part.sequence] = self._missing_expert()
-            elif part.sample_row is not None and not is_finite[part.sample_row]:
-                failures[part.sequence] = StepFailure(code=ErrorCode.INTERNAL, error="the logits are not finite")
-            elif num_missing:
+            num_missing = int(missing_T[part.token_rows].sum())
+            if num_missing and part.sequence not in failures:
                 part.sequence.degraded = True
                 self._num_degraded_tokens += num_missing
-        return failures
-
-    def _missing_expert(self) -> StepFailure:
-        reasons = "; ".join(self._dispatcher.lost.values()) or "no shard is reported lost"
-        return StepFailure(code=ErrorCode.UNAVAILABLE, error=f"an expert cannot be reached: {reasons}")
 
     def _update(
         self,
@@ -213,6 +241,7 @@ class Engine:
                 continue
             collect_prompt_logprobs(part, logits_LV)
             self._block_manager.advance(sequence, part.scheduled.num_tokens)
+            self._parking.leave(sequence)
             if sequence in sampled:
                 outputs.append(self._append(sequence, sampled[sequence]))
             elif sequence.request.return_address and not sequence.has_spoken:
@@ -236,6 +265,7 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
+        self._parking.leave(sequence)
         self._scheduler.remove(sequence)
 
     # What others look at
@@ -246,6 +276,7 @@ class Engine:
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            num_parked=self._parking.num_parked,
             num_waiting_tokens=sum(sequence.num_uncomputed_tokens for sequence in self._scheduler),
             num_free_blocks={name: pool.num_free for name, pool in pools.items()},
             num_blocks={name: pool.num_usable for name, pool in pools.items()},
@@ -264,6 +295,7 @@ class Engine:
         sequences = list(self._scheduler)
         assert {sequence.request_id: sequence for sequence in sequences} == self._sequences, "a sequence is lost"
         assert len(sequences) == len(self._sequences), "a sequence is queued twice"
+        assert sum(sequence.parked for sequence in sequences) == self._parking.num_parked, "parked ones are miscounted"
         for index, sequence in enumerate(sequences):
             is_running = index < self._scheduler.num_running
             assert sequence.status is (SequenceStatus.RUNNING if is_running else SequenceStatus.WAITING)

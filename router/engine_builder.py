@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,7 @@ from experts.epoch import Epoch
 from experts.hub import resolve_model
 from experts.lane import LaneDispatcher
 from experts.load import ExpertLoad
+from experts.memory import free_bytes
 from experts.placement import ShardId, Slot
 from experts.progress import Progress, log_progress
 from experts.shard import Shard
@@ -22,8 +24,8 @@ from router.config import ModelConfig
 from router.engine import Engine
 from router.engine_limits import EngineLimits
 from router.engine_loop import BuiltEngine
+from router.epoch_switch import EpochSwitch
 from router.kv_cache import KvCache, KvCacheSpec, KvGroup
-from router.memory import free_bytes
 from router.messages import EngineSettings, Start
 from router.model import Llama4Model
 from router.weights import load_router, validate_router
@@ -55,7 +57,7 @@ def build_engine(start: Start, progress: Callable[[str], Progress] | None = None
         validate_experts(checkpoint, config.moe_layers, config.expert_shape)
     weights = load_router(checkpoint, config, dtype=dtype, device=device, progress=progress("router"))
     model = Llama4Model(config, weights)
-    dispatcher, expert_load = _make_dispatcher(start, checkpoint, config, dtype, device, progress)
+    experts = _reach_experts(start, checkpoint, config, dtype, device, progress)
     capacity = kv_capacity(demand, settings, device)
     kv_cache = KvCache(
         spec,
@@ -66,14 +68,15 @@ def build_engine(start: Start, progress: Callable[[str], Progress] | None = None
     engine = Engine(
         model=model,
         kv_cache=kv_cache,
-        dispatcher=dispatcher,
+        dispatcher=experts.dispatcher,
         config=config,
         limits=_limits(settings, spec, capacity),
         on_missing_expert=settings.on_missing_expert,
+        expert_wait_s=settings.expert_wait_s,
         weights_version=start.weights_version,
-        expert_load=expert_load,
+        expert_load=experts.load,
     )
-    return BuiltEngine(engine=engine, capacity=capacity.describe(demand), close=dispatcher.close)
+    return BuiltEngine(engine=engine, capacity=capacity.describe(demand), close=experts.close, epochs=experts.epochs)
 
 
 def kv_demand(spec: KvCacheSpec, settings: EngineSettings) -> KvDemand:
@@ -100,15 +103,28 @@ def kv_capacity(demand: KvDemand, settings: EngineSettings, device: torch.device
     return fitting_capacity(demand, memory_bytes=int(free * share))
 
 
-def _make_dispatcher(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Experts:
+    """The way to them. load is of experts in this process, epochs of those in shards, which report their own load."""
+
+    dispatcher: Dispatcher
+    load: ExpertLoad | None = None
+    epochs: EpochSwitch | None = None
+
+    def close(self) -> None:
+        if self.epochs is not None:
+            self.epochs.close()
+        self.dispatcher.close()
+
+
+def _reach_experts(
     start: Start,
     checkpoint: Checkpoint,
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[str], Progress],
-) -> tuple[Dispatcher, ExpertLoad | None]:
-    """The load is that of experts in this process; shards report their own."""
+) -> _Experts:
     if start.epoch is not None:
         lanes = LaneDispatcher(
             lane_id=start.router_id,
@@ -119,7 +135,7 @@ def _make_dispatcher(
         _check_step_size(start.settings, config, lanes)
         for shard_id, reason in lanes.lost.items():
             logger.error("%s is lost from the start: %s", shard_id, reason)
-        return lanes, None
+        return _Experts(dispatcher=lanes, epochs=EpochSwitch(lanes))
     slots = [Slot(layer, expert) for layer in config.moe_layers for expert in range(config.num_local_experts)]
     shard = Shard(
         shard_id=ShardId(f"{start.router_id}-experts"),
@@ -131,7 +147,7 @@ def _make_dispatcher(
         device=device,
         weights_version=start.weights_version,
     )
-    return LocalDispatcher(shard), shard.load
+    return _Experts(dispatcher=LocalDispatcher(shard), load=shard.load)
 
 
 def _check_step_size(settings: EngineSettings, config: ModelConfig, lanes: LaneDispatcher) -> None:

@@ -10,15 +10,21 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from router.engine_child import EngineChild
+from router.lane_state import LaneState
 from router.messages import (
+    AbandonEpoch,
     Abort,
     Add,
+    AdoptEpoch,
     EngineStats,
+    EpochPrepared,
     Failed,
     Finished,
     FromEngine,
     GenerateRequest,
     Heartbeat,
+    LanesChanged,
+    PrepareEpoch,
     Ready,
     Start,
 )
@@ -31,12 +37,21 @@ class EngineDiedError(RuntimeError):
 class EngineClient:
     """One engine process and the calls that are open on it. Methods may be called from any thread."""
 
-    def __init__(self, *, on_death: Callable[[str], None] | None = None, module: str = "router.process") -> None:
-        """Starts the process, not yet the engine. on_death hears why it ended, once, from another thread.
+    def __init__(
+        self,
+        *,
+        on_death: Callable[[str], None] | None = None,
+        on_lanes: Callable[[], None] | None = None,
+        module: str = "router.process",
+    ) -> None:
+        """Starts the process, not yet the engine. on_death hears why it ended, once, and on_lanes that ``lanes`` has
+        changed, both from another thread.
 
         Raises OSError when the process cannot be started.
         """
         self._on_death = on_death
+        self._on_lanes = on_lanes
+        self._lanes = LaneState()
         self._lock = threading.Lock()
         self._open: dict[tuple[str, int], Future[Finished]] = {}
         self._death: str | None = None
@@ -82,6 +97,17 @@ class EngineClient:
         finally:
             with self._lock:
                 self._open.pop(key, None)
+
+    @property
+    def lanes(self) -> LaneState:
+        """As the engine has told last."""
+        return self._lanes
+
+    def guide(self, message: PrepareEpoch | AdoptEpoch | AbandonEpoch) -> None:
+        """Leads the engine to another epoch. Does not wait; ``lanes`` shows what comes of it."""
+        if isinstance(message, AbandonEpoch):
+            self._lanes = self._lanes.without(message.number)
+        self._child.send(message)
 
     def stats(self) -> EngineStats | None:
         """Of the last heartbeat; None before the first."""
@@ -138,6 +164,10 @@ class EngineClient:
                     future = self._open.pop((message.request_id, message.attempt), None)
                 if future is not None:
                     future.set_result(message)
+            case EpochPrepared() | LanesChanged():
+                self._lanes = self._lanes.after(message)
+                if self._on_lanes is not None:
+                    self._on_lanes()
             case Failed():
                 pass  # The process ends now; its death carries the reason.
 

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from experts.epoch import Epoch
+from experts.placement import ShardId
 from router.choice_id import log_fields
+from router.epoch_switch import EpochSwitch
 from router.heartbeat import HeartbeatThread
 from router.messages import (
+    AbandonEpoch,
     Abort,
     Add,
+    AdoptEpoch,
     EngineStats,
+    EpochPrepared,
     ErrorCode,
     Finished,
     FinishReason,
+    FromEngine,
     GenerateRequest,
+    LanesChanged,
+    PrepareEpoch,
     RequestAttempt,
     SequenceOutput,
     Shutdown,
-    Start,
     ToEngine,
 )
 from router.token_links import TokenLinks
@@ -48,16 +56,20 @@ class Steppable(Protocol):
 
     def step(self) -> list[SequenceOutput]: ...
 
+    def resume_parked(self) -> None: ...
+
     def stats(self) -> EngineStats: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """An engine ready to serve. close frees what outlives a step: lanes, mostly."""
+    """An engine ready to serve. close frees what outlives a step: lanes, mostly. epochs: None where the experts are
+    in this process."""
 
     engine: Steppable
     capacity: str
     close: Callable[[], None]
+    epochs: EpochSwitch | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +86,19 @@ class EngineLoop:
         *,
         engine: Steppable,
         inbox: SimpleQueue[ToEngine],
-        send: Callable[[Finished], None],
+        send: Callable[[FromEngine], None],
         links: TokenLinks,
         heartbeat: HeartbeatThread,
+        epochs: EpochSwitch | None = None,
     ) -> None:
-        """inbox is filled by another thread; send goes to the replica."""
+        """inbox is filled by another thread; send goes to the replica and may be called from any thread."""
         self._engine = engine
         self._inbox = inbox
         self._send = send
         self._links = links
         self._heartbeat = heartbeat
+        self._epochs = epochs
+        self._told_lanes: LanesChanged | None = None
         self._open: dict[str, OpenRequest] = {}
         self._begun: defaultdict[str, list[RequestAttempt]] = defaultdict(list)
 
@@ -93,6 +108,7 @@ class EngineLoop:
             self._tell_begun()
             if self._engine.has_work:
                 self._step()
+            self._tell_lanes()
             self._hear_gateways()
         for request_id in tuple(self._open):
             self._abort(request_id)
@@ -129,8 +145,28 @@ class EngineLoop:
                 self._add(request)
             case Abort():
                 self._abort_attempt(message)
-            case Start() | Shutdown():
+            case PrepareEpoch(epoch=epoch) if self._epochs is not None:
+                self._epochs.prepare(Epoch.from_dict(epoch), self._tell_prepared)
+            case AdoptEpoch(number=number) if self._epochs is not None:
+                if self._epochs.adopt(number):
+                    self._engine.resume_parked()
+            case AbandonEpoch(number=number) if self._epochs is not None:
+                self._epochs.abandon(number)
+            case _:
                 raise AssertionError(f"{type(message).__name__} is no message for a running engine")
+
+    def _tell_prepared(self, number: int, unreachable: Mapping[ShardId, str]) -> None:
+        """In the thread that has opened the last link."""
+        reasons = {str(shard_id): reason for shard_id, reason in unreachable.items()}
+        self._send(EpochPrepared(number=number, unreachable=reasons))
+
+    def _tell_lanes(self) -> None:
+        if self._epochs is None:
+            return
+        lanes = LanesChanged(epoch=self._epochs.epoch, lost=self._epochs.lost)
+        if lanes != self._told_lanes:
+            self._told_lanes = lanes
+            self._send(lanes)
 
     def _add(self, request: GenerateRequest) -> None:
         """A newer attempt takes the place of an older one, whose gateway has given it up."""

@@ -1,8 +1,9 @@
 """The plain messages between gateway, router replica and engine process, and their one encoding (MessagePack).
 
 Three conversations use them:
-- replica -> engine process, over the pipe the process is born with: Start, Add, Abort, Shutdown;
-- engine process -> replica, over the same pipe: Ready or Failed, then Finished and Heartbeat;
+- replica -> engine process, over the pipe the process is born with: Start, Add, Abort, PrepareEpoch, AdoptEpoch,
+  AbandonEpoch, Shutdown;
+- engine process -> replica, over the same pipe: Ready or Failed, then Finished, Heartbeat, EpochPrepared, LanesChanged;
 - engine process -> gateway, over one TCP connection per gateway: TokenBatches, mostly one per step;
 - gateway -> engine process, over the same connection: Aborts.
 Decoding validates every field's type; a message that does not fit raises msgspec.ValidationError.
@@ -20,8 +21,10 @@ from router.sampling_params import SamplingParams
 
 
 class MissingExpertPolicy(StrEnum):
-    """What to do with a token whose expert cannot be reached (design §4)."""
+    """What to do with a token whose expert is on no living shard: wait for a new copy, end the request, or go on with
+    the shared expert alone."""
 
+    WAIT = "wait"
     FAIL = "fail"
     SHARED_ONLY = "shared_only"
 
@@ -97,6 +100,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine between two steps.
 
     num_waiting_tokens: tokens that waiting and running sequences still have to compute before they can sample.
+    num_parked: of the running and waiting ones, those that wait for an expert.
     Blocks are by group, "global" and "local", without the null block; free ones may be cached. expert_load:
     (layer, expert, tokens routed there) of experts in this process; shards count their own.
     """
@@ -114,6 +118,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_degraded_tokens: int
     lost_shards: dict[str, str]
     expert_load: list[tuple[int, int, int]]
+    num_parked: int = 0
 
 
 class RequestAttempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +142,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     num_threads are torch's. block_size None is the default for the model's attention chunk; num_kv_blocks None is
     what fits into kv_memory_share of the memory that is free once the weights are loaded (None: a share that suits
-    the device). lane_timeout_s bounds the wait for one shard.
+    the device). lane_timeout_s bounds the wait for one shard, expert_wait_s that for an expert without a living one.
     """
 
     model: str
@@ -151,7 +156,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     block_size: int | None = None
     num_kv_blocks: int | None = None
     kv_memory_share: float | None = None
-    on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.FAIL
+    on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.WAIT
+    expert_wait_s: float = 120.0
     lane_timeout_s: float = 30.0
     log: LogSettings = LogSettings()
 
@@ -180,6 +186,25 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     pass
+
+
+class PrepareEpoch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Open links for this epoch (experts.epoch.Epoch as a plain dict) in the background; answered by EpochPrepared.
+    The preparation of another one ends."""
+
+    epoch: dict[str, Any]
+
+
+class AdoptEpoch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Go over to this epoch, which must be prepared, between two steps; answered by LanesChanged."""
+
+    number: int
+
+
+class AbandonEpoch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The preparation of this epoch was for nothing."""
+
+    number: int
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -216,8 +241,22 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step: int
 
 
-ToEngine = Start | Add | Abort | Shutdown
-FromEngine = Ready | Failed | Finished | Heartbeat
+class EpochPrepared(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The epoch can be adopted. unreachable: shards that could not be connected to, and why."""
+
+    number: int
+    unreachable: dict[str, str]
+
+
+class LanesChanged(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The epoch in use, and which of its shards are given up, with reasons. Sent when either has changed."""
+
+    epoch: int
+    lost: dict[str, str]
+
+
+ToEngine = Start | Add | Abort | PrepareEpoch | AdoptEpoch | AbandonEpoch | Shutdown
+FromEngine = Ready | Failed | Finished | Heartbeat | EpochPrepared | LanesChanged
 
 
 def encode(message: ToEngine | FromEngine | TokenBatch | GenerateRequest) -> bytes:

@@ -91,7 +91,14 @@ def run(pipe: ReplicaPipe, start: Start, built: BuiltEngine) -> None:
     """From Ready to Shutdown. Raises what a step raises."""
     links = TokenLinks(router_id=start.router_id, secret=start.secret)
     heartbeat = HeartbeatThread(send=pipe.send, stats=built.engine.stats())
-    loop = EngineLoop(engine=built.engine, inbox=pipe.inbox, send=pipe.send, links=links, heartbeat=heartbeat)
+    loop = EngineLoop(
+        engine=built.engine,
+        inbox=pipe.inbox,
+        send=pipe.send,
+        links=links,
+        heartbeat=heartbeat,
+        epochs=built.epochs,
+    )
     pipe.send(Ready(pid=os.getpid(), capacity=built.capacity))
     try:
         loop.run()

@@ -14,6 +14,7 @@ import msgspec
 from router.choice_id import log_fields
 from router.engine_client import EngineClient, EngineDiedError
 from router.engine_watch import EngineWatch
+from router.lane_state import EpochOffer, LaneState, next_messages
 from router.messages import EngineStats, ErrorCode, Finished, FinishReason, Ready, Start, decode_request, encode
 
 logger = logging.getLogger(__name__)
@@ -43,9 +44,11 @@ class Router:
         *,
         timeouts: RouterTimeouts,
         on_death: Callable[[str], None] | None = None,
+        on_lanes: Callable[[], None] | None = None,
         module: str = "router.process",
     ) -> None:
-        """Starts the process. on_death hears, from another thread, why a ready engine ended before ``close``.
+        """Starts the process. on_death hears, from another thread, why a ready engine ended before ``close``;
+        on_lanes, likewise, that ``lanes`` has changed.
 
         Raises OSError when the process cannot be started.
         """
@@ -53,7 +56,7 @@ class Router:
         self._on_death = on_death
         self._is_ready = threading.Event()
         self._watch = EngineWatch(silent_after_s=timeouts.silent_s, slow_after_s=timeouts.slow_step_s)
-        self._client = EngineClient(on_death=self._tell_death, module=module)
+        self._client = EngineClient(on_death=self._tell_death, on_lanes=on_lanes, module=module)
 
     @property
     def engine_pid(self) -> int:
@@ -68,6 +71,16 @@ class Router:
     def step_s(self) -> float:
         """How long the engine's step under way has taken, by the last heartbeat; 0 between steps."""
         return 0.0 if self._client.heartbeat is None else self._client.heartbeat.step_s
+
+    @property
+    def lanes(self) -> LaneState:
+        """Which epoch the engine uses, which it could adopt, and whom it does without."""
+        return self._client.lanes
+
+    def follow(self, offer: EpochOffer) -> None:
+        """Leads the engine towards what the controller offers, a message at a time. Repeating it does no harm."""
+        for message in next_messages(self._client.lanes, offer):
+            self._client.guide(message)
 
     async def start(self, start: Start) -> Ready:
         """Returns when the engine serves. Raises EngineDiedError saying why it does not; the process is then gone."""

@@ -8,6 +8,9 @@ First come, first served: running sequences before waiting ones, older before yo
 the youngest running sequence gives all its blocks back and waits, at the head, to be recomputed. So the oldest
 sequence is never in the way of anything but itself and always moves on; as it fits alone (the engine refuses what
 does not), every sequence ends.
+
+A parked sequence (router/parking.py) is passed over and keeps its blocks as long as nobody needs them: it is the
+first to be preempted. So whatever is not parked moves on as if the parked ones were not there.
 """
 
 from __future__ import annotations
@@ -99,46 +102,59 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def schedule(self) -> list[ScheduledSlice]:
-        """The next step; empty only when there are no sequences. Allocates its blocks, preempts, admits."""
+        """The next step; empty only when every sequence is parked. Allocates its blocks, preempts, admits."""
         budget = StepBudget(
             num_tokens=self._max_num_batched_tokens, num_prompt_logprob_rows=self._max_prompt_logprob_rows
         )
-        return self._schedule_running(budget) + self._schedule_waiting(budget)
+        scheduled = self._schedule_running(budget)
+        return scheduled + self._schedule_waiting(budget, must_admit=not scheduled)
 
     def _schedule_running(self, budget: StepBudget) -> list[ScheduledSlice]:
         scheduled: list[ScheduledSlice] = []
-        index = 0
-        # Preempting shortens the list from its end, never before index: victims have not been scheduled yet.
-        while index < len(self._running) and budget.num_tokens:
-            sequence = self._running[index]
-            index += 1
+        for sequence in tuple(self._running):
+            if not budget.num_tokens:
+                break
+            # Victims have not been scheduled yet: they are parked, or younger than whoever needs their blocks.
+            if sequence.parked or sequence.status is not SequenceStatus.RUNNING:
+                continue
             share = budget.share(sequence)
             num_tokens = self._make_room(sequence, share) if share else 0
             if num_tokens:
                 scheduled.append(self._allocate(sequence, num_tokens, budget))
         return scheduled
 
-    def _schedule_waiting(self, budget: StepBudget) -> list[ScheduledSlice]:
+    def _schedule_waiting(self, budget: StepBudget, *, must_admit: bool) -> list[ScheduledSlice]:
+        """must_admit: nobody else moves, so parked sequences give way to the first that waits."""
         scheduled: list[ScheduledSlice] = []
-        while self._waiting and len(self._running) < self._max_num_seqs and budget.share(self._waiting[0]):
-            sequence = self._waiting[0]
+        while (sequence := self._next_waiting()) is not None and budget.share(sequence):
             hit = self._block_manager.find_prefix(sequence)
-            if not self._block_manager.can_admit(sequence, hit):
-                break
-            self._admit(self._waiting.popleft(), hit)
+            if len(self._running) == self._max_num_seqs or not self._block_manager.can_admit(sequence, hit):
+                parked = self._youngest_parked() if must_admit and not scheduled else None
+                if parked is None:
+                    break
+                self._preempt(parked)
+                continue
+            self._waiting.remove(sequence)
+            self._admit(sequence, hit)
             num_tokens = self._block_manager.num_tokens_that_fit(sequence, budget.share(sequence))
             scheduled.append(self._allocate(sequence, num_tokens, budget))
         return scheduled
 
+    def _next_waiting(self) -> Sequence | None:
+        return next((sequence for sequence in self._waiting if not sequence.parked), None)
+
+    def _youngest_parked(self) -> Sequence | None:
+        return next((sequence for sequence in reversed(self._running) if sequence.parked), None)
+
     def _make_room(self, sequence: Sequence, wanted: int) -> int:
-        """Preempts the youngest until at least one token fits; 0 when the sequence itself was the youngest."""
+        """Preempts until at least one token fits; 0 when the sequence itself was the youngest."""
         while True:
             num_tokens = self._block_manager.num_tokens_that_fit(sequence, wanted)
             if num_tokens:
                 return num_tokens
-            youngest = self._running.pop()
-            self._preempt(youngest)
-            if youngest is sequence:
+            victim = self._youngest_parked() or self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
                 return 0
 
     def _allocate(self, sequence: Sequence, num_tokens: int, budget: StepBudget) -> ScheduledSlice:
@@ -163,6 +179,7 @@ class Scheduler:
         self._running.append(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
         self._block_manager.free(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1

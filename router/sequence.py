@@ -25,6 +25,7 @@ class Sequence:
     sequence whose every token but the last is computed is decoding, any other is prefilling or recomputing, and
     nothing but this number tells them apart.
     max_total_tokens: prompt and output may not grow beyond it.
+    parked: it needs an expert that no living shard has and is not scheduled; router/parking.py alone changes it.
     global_blocks, local_blocks: the block tables, by logical block; the block manager alone changes them.
     block_hashes: the chain over the first full blocks, as far as it was needed; grown by the block manager.
     prompt_logprobs: None unless asked for; entry i belongs to prompt position i, collected as the prompt is
@@ -46,6 +47,7 @@ class Sequence:
     degraded: bool = False
     began_at_s: float | None = None
     has_spoken: bool = False
+    parked: bool = False
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     global_blocks: list[int] = field(default_factory=list)
     local_blocks: list[int] = field(default_factory=list)

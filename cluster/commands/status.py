@@ -6,8 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -66,30 +65,25 @@ def find_service(address: str | None) -> tuple[str, str]:
 
 def get_view(address: str, token: str) -> admin_pb2.GetViewResponse:
     """Raises grpc.RpcError, within TIMEOUT_S."""
-    with _admin(address) as admin:
-        response: admin_pb2.GetViewResponse = admin.GetView(
-            admin_pb2.GetViewRequest(), timeout=TIMEOUT_S, metadata=_metadata(token)
-        )
+    response: admin_pb2.GetViewResponse = call_admin(
+        address, token, lambda admin: admin.GetView, admin_pb2.GetViewRequest()
+    )
     return response
 
 
 def list_requests(address: str, token: str) -> admin_pb2.ListRequestsResponse:
     """Raises grpc.RpcError, within TIMEOUT_S."""
-    with _admin(address) as admin:
-        response: admin_pb2.ListRequestsResponse = admin.ListRequests(
-            admin_pb2.ListRequestsRequest(), timeout=TIMEOUT_S, metadata=_metadata(token)
-        )
+    response: admin_pb2.ListRequestsResponse = call_admin(
+        address, token, lambda admin: admin.ListRequests, admin_pb2.ListRequestsRequest()
+    )
     return response
 
 
-@contextmanager
-def _admin(address: str) -> Iterator[admin_pb2_grpc.AdminServiceStub]:
+def call_admin(address: str, token: str, method: Callable[[admin_pb2_grpc.AdminServiceStub], Any], request: Any) -> Any:
+    """One call of the AdminService. Raises grpc.RpcError, within TIMEOUT_S."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        yield admin_pb2_grpc.AdminServiceStub(channel)
-
-
-def _metadata(token: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {token}"),)
+        call = method(admin_pb2_grpc.AdminServiceStub(channel))
+        return call(request, timeout=TIMEOUT_S, metadata=(("authorization", f"Bearer {token}"),))
 
 
 def view_to_json(view: admin_pb2.GetViewResponse) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
-from cluster.control.shard_fleet import ShardDied, ShardFleet, ShardPool
+from cluster.control.shard_fleet import ShardDied, ShardPool, ShardRefused, ShardUnreachable
 from cluster.metrics.member_snapshots import controller_snapshot
 from cluster.metrics.merge import ServiceNumbers
 from cluster.service_model import resolve
@@ -81,12 +81,17 @@ class ControlPlane:
         self._all_known_at_s = outside.clock() + gathering_s
         self._processes: dict[MemberId, Any] = {}
         self._app_watch = AppWatch(gone_after_s=config.app_gone_s)
+        self._news = asyncio.Event()
+        self._looks: dict[MemberId, asyncio.Task[None]] = {}
         self._tier = ExpertTier(
             config=config,
             num_cores=num_cores,
-            fleet=ShardFleet(outside.pool, timeout_s=config.start_timeout_s),
+            pool=outside.pool,
             memory=memory,
             clock=outside.clock,
+            suspect_after_s=SUSPECT_AFTER_HEARTBEATS * config.heartbeat_s,
+            on_news=self._news.set,
+            on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
         self._retired = asyncio.Event()
         self._retiring = False
@@ -118,7 +123,7 @@ class ControlPlane:
         return {
             "secret": self.state.secret,
             "term": self.state.term,
-            "epoch": started.epoch.to_dict() if started.epoch.shards else None,
+            "epoch": self._tier.epoch.to_dict() if started.keeper is not None else None,
             "weights_version": WEIGHTS_VERSION,
             "config": resolve(wanted, started.model, self._num_cores).model_dump(),
         }
@@ -137,12 +142,17 @@ class ControlPlane:
                 self._take(member.member_id, report)
 
     def heartbeat(self, member: Member, report: MemberReport) -> dict[str, Any]:
-        """known is False for a member that this controller has not met: it should call take_in."""
+        """known is False for a member that this controller has not met: it should call take_in. A router that tells of
+        its lanes gets an offer, as router.lane_state.EpochOffer takes it."""
         known = member.member_id in self._membership
         if known and self._membership.report(member, self._now()):
             self._take(member.member_id, report)
         num_ready = self._membership.num_ready(MemberKind.ROUTER, self._now())
-        return {"known": known, "term": self.state.term, "num_ready_routers": num_ready}
+        answer: dict[str, Any] = {"known": known, "term": self.state.term, "num_ready_routers": num_ready}
+        if report.lanes is not None and self._tier.keeper is not None:
+            self._tier.keeper.note_router(member.member_id, report.lanes)
+            answer["offer"] = self._tier.keeper.offer(member.member_id)
+        return answer
 
     def leave(self, member_id: MemberId, report: MemberReport | None = None) -> None:
         """The member ends as it should; report: its last."""
@@ -170,6 +180,17 @@ class ControlPlane:
         num_open, oldest = self._reports.open_choices(self._now(), at_most=at_most)
         return {"num_open": num_open, "choices": [{**asdict(choice), "gateway_id": str(who)} for who, choice in oldest]}
 
+    async def scale_shards(self, num_shards: int) -> tuple[ShardId, ...]:
+        """Wants so many shards from now on, and returns their names; the view shows how it comes about.
+
+        Raises ValueError for a number that cannot be, or while there is nothing to scale; RetiringError.
+        """
+        async with self._changing_tier:
+            self._check_not_retiring()
+            if self._tier.keeper is None:
+                raise ValueError("shards: this service has none, or they have not started yet")
+            return await self._tier.keeper.scale(num_shards)
+
     def view(self) -> dict[str, Any]:
         """What `arriero status --json` prints."""
         epoch = self.state.epoch
@@ -186,12 +207,17 @@ class ControlPlane:
         }
 
     async def run(self) -> None:
-        """Looks at everybody until the service has been removed."""
-        looks = asyncio.create_task(self._look_for_ever())
-        watch = asyncio.create_task(self._watch_app())
-        await self._retired.wait()
-        for task in (looks, watch):
-            task.cancel()
+        """Looks at everybody until the service has been removed. Raises what keeps it from that."""
+        work = (self._keep_shards(), self._look_at_processes_for_ever(), self._watch_app(), self._retired.wait())
+        tasks = [asyncio.create_task(each) for each in work]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not self._retired.is_set():
+                await done.pop()
+                await self._retired.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def retire(self) -> None:
         """Drains and removes the shards and forgets the service; then ``run`` returns."""
@@ -241,13 +267,32 @@ class ControlPlane:
         self._processes.pop(member_id, None)
         self._ledger.close(member_id)
         self._reports.close(member_id)
+        self._end_lease(member_id)
+
+    def _end_lease(self, member_id: MemberId) -> None:
+        """The process behind the member has ended: no epoch needs to be kept for it."""
+        if self._tier.keeper is not None:
+            self._tier.keeper.forget_router(member_id)
 
     def _now(self) -> float:
         return self._outside.clock()
 
-    async def _look_for_ever(self) -> None:
+    async def _keep_shards(self) -> None:
+        """Looks at all shards every heartbeat, and acts then and whenever something is new."""
         while True:
-            await asyncio.gather(self._look_at_shards(), self._look_at_processes())
+            self._begin_looks()
+            if self._tier.keeper is not None:
+                await self._tier.keeper.act()
+            try:
+                async with asyncio.timeout(self._tier.config.heartbeat_s):
+                    await self._news.wait()
+            except TimeoutError:
+                pass
+            self._news.clear()
+
+    async def _look_at_processes_for_ever(self) -> None:
+        while True:
+            await asyncio.gather(*(self._look_at_process(*entry) for entry in list(self._processes.items())))
             for member_id in self._membership.forget_old_dead(self._now()):
                 self._forget(member_id)
             if self._reports.departed is not self.state.departed:
@@ -262,41 +307,52 @@ class ControlPlane:
                 await self.retire()
             await asyncio.sleep(APP_WATCH_PERIOD_S)
 
-    async def _look_at_shards(self) -> None:
+    def _begin_looks(self) -> None:
+        """A look at each living shard, where the last one has ended: one that is silent holds up no other."""
         wanted = [MemberId(shard_id) for shard_id in self._tier.shard_ids]
         for shard in self._members(MemberKind.SHARD):
-            if shard.member_id not in wanted:
+            if shard.member_id not in wanted and shard.state is not MemberState.DEAD:
                 self.leave(shard.member_id)
         for member_id in wanted:
             if member_id not in self._membership:
                 self._membership.report(_new_shard(member_id), self._now())
-        living = (shard for shard in self._members(MemberKind.SHARD) if shard.state is not MemberState.DEAD)
-        await asyncio.gather(*map(self._look_at_shard, living))
+        for shard in self._members(MemberKind.SHARD):
+            if shard.state is not MemberState.DEAD and shard.member_id not in self._looks:
+                self._looks[shard.member_id] = asyncio.create_task(self._look_at_shard(shard))
+
+    async def _look_at_shards(self) -> None:
+        self._begin_looks()
+        await asyncio.gather(*self._looks.values())
 
     async def _look_at_shard(self, shard: Member) -> None:
-        is_up = self._tier.is_up
+        try:
+            await self._ask_shard(shard)
+        finally:
+            del self._looks[shard.member_id]
+
+    async def _ask_shard(self, shard: Member) -> None:
+        keeper, shard_id = self._tier.keeper, ShardId(shard.member_id)
+        if keeper is None or shard_id not in keeper.shards_to_look_at:
+            # It loads; whoever waits for that tells of one that cannot.
+            return
         try:
             async with asyncio.timeout(SUSPECT_AFTER_HEARTBEATS * self._tier.config.heartbeat_s):
-                report = await self._outside.pool.report(ShardId(shard.member_id))
-        except TimeoutError:
+                report = await self._outside.pool.report(shard_id)
+        except (TimeoutError, ShardUnreachable):
             return
-        except ShardDied as error:
-            # While the tier comes up a shard may not exist yet; the tier itself tells of one that cannot start.
-            if is_up:
-                self._note_death(shard.member_id, str(error))
+        except (ShardDied, ShardRefused) as error:
+            keeper.note_death(shard_id, str(error))
             return
-        state = MemberState.READY if is_up else MemberState.STARTING
-        if shard.member_id in self._membership:
-            seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
-            if self._membership.report(seen, self._now()):
-                self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
-
-    async def _look_at_processes(self) -> None:
-        await asyncio.gather(*(self._look_at_process(*entry) for entry in list(self._processes.items())))
+        keeper.note_report(shard_id, report)
+        state = MemberState.READY if keeper.is_wanted(shard_id) else MemberState.DRAINING
+        seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
+        if self._membership.report(seen, self._now()):
+            self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
 
     async def _look_at_process(self, member_id: MemberId, process: Any) -> None:
         if await self._outside.probe.has_died(process):
             self._note_death(member_id, "its process has ended")
+            self._end_lease(member_id)
 
 
 def _new_shard(member_id: MemberId) -> Member:

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.control.control_plane import ControlPlane, Outside
+from cluster.control.control_plane import ControlPlane, Outside, RetiringError
 from cluster.control.kv_store import KvStore
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
@@ -59,6 +59,13 @@ class Controller:
 
     async def get_open_choices(self, at_most: int) -> dict[str, Any]:
         return (await self._plane).open_choices(at_most)
+
+    async def scale_shards(self, num_shards: int) -> dict[str, Any]:
+        """shard_ids: those that are wanted from now on; or refusal: why not."""
+        try:
+            return {"shard_ids": await (await self._plane).scale_shards(num_shards)}
+        except (ValueError, RetiringError) as error:
+            return {"refusal": str(error)}
 
     async def get_view(self) -> dict[str, Any]:
         return (await self._plane).view()

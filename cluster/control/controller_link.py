@@ -31,6 +31,7 @@ ANSWER_TIMEOUT_S = 10.0
 JOIN_MARGIN_S = 30.0
 
 Report = Callable[[], tuple[Member, MemberReport]]
+OnOffer = Callable[[dict[str, Any]], None]
 
 
 def controller_name(app_name: str) -> str:
@@ -76,9 +77,12 @@ class ControllerLink:
         """See ControlPlane.join_gateway."""
         return await self._join("join_gateway", member, timeout_s=self._config.drain_timeout_s + JOIN_MARGIN_S)
 
-    def start_reporting(self, report: Report) -> None:
-        """From now on the controller hears of this member every heartbeat_s, and whenever report_now is called."""
+    def start_reporting(self, report: Report, on_offer: OnOffer | None = None) -> None:
+        """From now on the controller hears of this member every heartbeat_s, and whenever report_now is called; what
+        it offers about epochs goes to on_offer."""
         self._report = report
+        self._on_offer = on_offer
+        self._term = 0
         self._due = asyncio.Event()
         self._reporter = asyncio.create_task(self._report_for_ever())
 
@@ -112,6 +116,13 @@ class ControllerLink:
             await self._report_once()
             found: dict[str, Any] = await self._controller.get_open_choices.remote(at_most)
         return found
+
+    async def scale_shards(self, num_shards: int, timeout_s: float) -> dict[str, Any]:
+        """See Controller.scale_shards. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            answer: dict[str, Any] = await self._controller.scale_shards.remote(num_shards)
+        return answer
 
     def leave(self, member: Member) -> None:
         """The member ends as it should. Does not wait."""
@@ -168,6 +179,10 @@ class ControllerLink:
             # The controller was reborn and learns of us here.
             await self._controller.take_in.remote(member, ray.get_runtime_context().current_actor, report)
         self.num_ready_routers = answer["num_ready_routers"]
+        # A lower term: a controller that another one has succeeded.
+        if answer["term"] >= self._term and "offer" in answer and self._on_offer is not None:
+            self._term = answer["term"]
+            self._on_offer(answer["offer"])
 
     async def _until_due(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -15,11 +16,13 @@ NUM_SECRET_BYTES = 32
 
 
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
-    """config is ServiceConfig as a plain dict; epoch is experts.epoch.Epoch as a plain dict, None before the first.
+    """config is ServiceConfig as a plain dict. epoch is the one in force, preparing the one that may follow it, both
+    experts.epoch.Epoch as a plain dict; epoch is None before the first.
 
     term grows with every start of a controller; last_epoch is the highest number ever given to an epoch. secret
-    opens lanes and token links; shards are named before they are created, so that none can be lost. departed: what
-    members counted that are gone, for metrics that must never go back.
+    opens lanes and token links. shard_ids names every shard that may exist, before it is created, so that none can be
+    lost; target is what each should hold, (layer, expert) by shard, once all is well. departed: what members counted
+    that are gone, for metrics that must never go back.
     """
 
     config: dict[str, Any]
@@ -29,7 +32,9 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     term: int = 1
     last_epoch: int = 0
     shard_ids: tuple[str, ...] = ()
+    target: dict[str, list[tuple[int, int]]] = {}
     epoch: dict[str, Any] | None = None
+    preparing: dict[str, Any] | None = None
     departed: Snapshot = msgspec.field(default_factory=Snapshot)
 
 
@@ -60,8 +65,12 @@ class Memory:
         return memory
 
     async def change(self, **fields: Any) -> None:
+        await self.update(lambda _: fields)
+
+    async def update(self, change: Callable[[DesiredState], Mapping[str, Any]]) -> None:
+        """change makes new values from those before; no other change comes in between."""
         async with self._changing:
-            state = msgspec.structs.replace(self.state, **fields)
+            state = msgspec.structs.replace(self.state, **change(self.state))
             await self._store.save(state)
             self.state = state
 

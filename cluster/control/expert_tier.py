@@ -1,6 +1,6 @@
-"""All expert shards of the service as one thing: brought up under an epoch, replaced, taken down.
+"""All expert shards of the service as one thing: brought up under a first epoch, kept whole, replaced, taken down.
 
-Static in this version: one epoch per start, made once every shard has loaded.
+The first epoch is made once every shard has loaded; what changes from then on is the keeper's work.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster.config import ServiceConfig
 from cluster.control.desired_state import Memory
+from cluster.control.epoch_keeper import EpochKeeper
 from cluster.control.reconcile import shard_ids
-from cluster.control.shard_fleet import ShardFleet, shard_specs
+from cluster.control.shard_fleet import ShardFleet, ShardPool
 from cluster.service_model import read_model_config, resolve
 from experts.epoch import Epoch
 from experts.hub import resolve_model
-from experts.placement import ExpertPlacement, ShardId, place
+from experts.placement import ExpertPlacement, ShardId, Slot, place
 from experts.shard_spec import ShardSpec
 from router.config import ModelConfig
 
@@ -29,24 +31,40 @@ WEIGHTS_VERSION = 1
 # A start that failed is told to all who ask in this time, and tried anew for who comes later.
 REMEMBER_FAILURE_S = 10.0
 
+MakeSpec = Callable[[ShardId, tuple[Slot, ...]], ShardSpec]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """What a router needs: the model, and the epoch that the shards serve."""
+    """The shards serve. keeper: None where routers hold the experts themselves."""
 
     model: ModelConfig
-    epoch: Epoch
+    keeper: EpochKeeper | None
 
 
 class ExpertTier:
     """Remembers in ``memory`` which shards there are before it makes them."""
 
     def __init__(
-        self, *, config: ServiceConfig, num_cores: int, fleet: ShardFleet, memory: Memory, clock: Callable[[], float]
+        self,
+        *,
+        config: ServiceConfig,
+        num_cores: int,
+        pool: ShardPool,
+        memory: Memory,
+        clock: Callable[[], float],
+        suspect_after_s: float,
+        on_news: Callable[[], None],
+        on_death: Callable[[ShardId, str], None],
     ) -> None:
+        """suspect_after_s, on_news, on_death: see EpochKeeper."""
         self.config = config
         self._num_cores = num_cores
-        self._fleet = fleet
+        self._pool = pool
+        self._fleet = ShardFleet(pool, timeout_s=config.start_timeout_s)
+        self._suspect_after_s = suspect_after_s
+        self._on_news = on_news
+        self._on_death = on_death
         self._memory = memory
         self._clock = clock
         self._failed_at_s: float | None = None
@@ -59,6 +77,18 @@ class ExpertTier:
     @property
     def is_up(self) -> bool:
         return self._bring_up.done() and not self._bring_up.cancelled() and self._bring_up.exception() is None
+
+    @property
+    def keeper(self) -> EpochKeeper | None:
+        """None before the shards serve, and where there are none."""
+        return self._bring_up.result().keeper if self.is_up else None
+
+    @property
+    def epoch(self) -> Epoch:
+        """The one in force; only once ``started`` has returned."""
+        epoch = self._epoch_in_force()
+        assert epoch is not None
+        return epoch
 
     async def started(self) -> Started:
         """Returns once all shards serve. Raises StartError, OSError or ValueError when they cannot."""
@@ -74,6 +104,8 @@ class ExpertTier:
         self._bring_up = self._begin()
 
     async def remove(self, *, drain_timeout_s: float) -> None:
+        if self.keeper is not None:
+            await self.keeper.stop()
         self._bring_up.cancel()
         await asyncio.wait([self._bring_up])
         await self._remove_shards(drain_timeout_s)
@@ -98,19 +130,38 @@ class ExpertTier:
         folder = await asyncio.to_thread(resolve_model, self.config.model)
         model = await asyncio.to_thread(read_model_config, Path(folder))
         config = resolve(self.config, model, self._num_cores)
+        make_spec = partial(self._spec, config, model)
+        if self._epoch_in_force() is None:
+            await self._make_first_epoch(config, model, make_spec)
+        # Else an earlier controller has got that far: what has changed meanwhile is for the keeper to find.
+        return Started(model=model, keeper=self._make_keeper(make_spec) if self.shard_ids else None)
+
+    async def _make_first_epoch(self, config: ServiceConfig, model: ModelConfig, make_spec: MakeSpec) -> None:
         if not self.shard_ids:
             await self._memory.change(shard_ids=shard_ids(config.shards, secrets.token_hex(3)))
-        epoch = self._epoch_in_force()
-        placement = epoch.placement if epoch is not None else self._place(model)
-        addresses = await self._fleet.load(self._specs(config, model, placement), epoch)
-        if epoch is None:
-            number = self._memory.state.last_epoch + 1
-            epoch = Epoch(number=number, weights_version=WEIGHTS_VERSION, shards=addresses, placement=placement)
-            # Before any shard hears of it, so that its number is never given again.
-            await self._memory.change(epoch=epoch.to_dict(), last_epoch=number)
-        await self._fleet.open(epoch, [address.shard_id for address in addresses])
+        placement = self._place(model)
+        slots_by_shard = placement.slots_by_shard
+        addresses = await self._fleet.load(
+            {shard_id: make_spec(shard_id, slots_by_shard[shard_id]) for shard_id in self.shard_ids}
+        )
+        number = self._memory.state.last_epoch + 1
+        epoch = Epoch(number=number, weights_version=WEIGHTS_VERSION, shards=addresses, placement=placement)
+        # Before any shard hears of it, so that its number is never given again.
+        await self._memory.change(epoch=epoch.to_dict(), last_epoch=number, target=dict(slots_by_shard))
+        await self._fleet.open(epoch, self.shard_ids, term=self._memory.state.term)
         logger.info("epoch %d: %d shards serve", epoch.number, len(addresses))
-        return Started(model=model, epoch=epoch)
+
+    def _make_keeper(self, make_spec: MakeSpec) -> EpochKeeper:
+        return EpochKeeper(
+            memory=self._memory,
+            pool=self._pool,
+            make_spec=make_spec,
+            clock=self._clock,
+            timeout_s=self.config.start_timeout_s,
+            suspect_after_s=self._suspect_after_s,
+            on_news=self._on_news,
+            on_death=self._on_death,
+        )
 
     def _epoch_in_force(self) -> Epoch | None:
         known = self._memory.state.epoch
@@ -126,15 +177,15 @@ class ExpertTier:
             copies=self.config.copies,
         )
 
-    def _specs(self, config: ServiceConfig, model: ModelConfig, placement: ExpertPlacement) -> dict[ShardId, ShardSpec]:
-        return shard_specs(
-            self.shard_ids,
-            placement.slots_by_shard,
+    def _spec(self, config: ServiceConfig, model: ModelConfig, shard_id: ShardId, slots: tuple[Slot, ...]) -> ShardSpec:
+        return ShardSpec(
+            shard_id=shard_id,
+            slots=slots,
             model=config.model,
             shape=model.expert_shape,
             dtype=config.dtype,
             device=config.device,
-            num_threads=config.shard_threads,
+            num_threads=config.shard_threads or 1,
             secret=self._memory.state.secret,
             weights_version=WEIGHTS_VERSION,
             log=config.log_settings,
@@ -142,4 +193,4 @@ class ExpertTier:
 
     async def _remove_shards(self, drain_timeout_s: float) -> None:
         await self._fleet.remove(self.shard_ids, drain_timeout_s=drain_timeout_s)
-        await self._memory.change(shard_ids=(), epoch=None)
+        await self._memory.change(shard_ids=(), target={}, epoch=None, preparing=None)

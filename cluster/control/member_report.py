@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.metrics.snapshot import Snapshot
 
@@ -28,9 +30,11 @@ class OpenChoice:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberReport:
     """load: (layer, expert, tokens) since the member's start, of experts in its own process. open_choices: the
-    oldest of a gateway's num_open_choices, oldest first."""
+    oldest of a gateway's num_open_choices, oldest first. lanes: router.lane_state.LaneState.to_dict of a router whose
+    experts are in shards, once its engine has told."""
 
     load: list[tuple[int, int, int]] = field(default_factory=list)
     metrics: Snapshot = field(default_factory=Snapshot)
     open_choices: tuple[OpenChoice, ...] = ()
     num_open_choices: int = 0
+    lanes: Mapping[str, Any] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,9 @@ KEYS_OF_FRONT = frozenset(
     {
         "gateways", "routers", "http_host", "http_port", "grpc_port", "max_model_len", "max_num_batched_tokens",
         "max_num_seqs", "max_queued_requests", "num_kv_blocks", "block_size", "seed", "max_logprobs", "max_choices",
-        "max_request_bytes", "stream_interval_ms", "on_missing_expert", "lane_timeout_s", "resubmit_timeout_s",
-        "router_threads", "gateway_num_cpus", "router_num_cpus", "log_format", "log_level", "access_log",
-        "slow_request_s",
+        "max_request_bytes", "stream_interval_ms", "on_missing_expert", "expert_wait_s", "lane_timeout_s",
+        "resubmit_timeout_s", "router_threads", "gateway_num_cpus", "router_num_cpus", "log_format", "log_level",
+        "access_log", "slow_request_s",
     }
 )  # fmt: skip
 
@@ -25,21 +26,34 @@ def shard_ids(count: int, incarnation: str) -> tuple[ShardId, ...]:
     return tuple(ShardId(f"shard-{index}-{incarnation}") for index in range(count))
 
 
+def lineage(shard_id: ShardId) -> str:
+    """What a shard and those that replace it have in common."""
+    return shard_id.rpartition("-")[0]
+
+
+def successor(shard_id: ShardId, incarnation: str) -> ShardId:
+    """The name of the shard that replaces this one."""
+    return ShardId(f"{lineage(shard_id)}-{incarnation}")
+
+
+def further_shards(known: Collection[ShardId], count: int, incarnation: str) -> tuple[ShardId, ...]:
+    """Names of count more shards, of lineages that are free."""
+    taken = {lineage(shard_id) for shard_id in known}
+    names = (ShardId(f"shard-{index}-{incarnation}") for index in itertools.count())
+    return tuple(itertools.islice((name for name in names if lineage(name) not in taken), count))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
     adopt: tuple[ShardId, ...]
     create: tuple[ShardId, ...]
 
 
-def plan_shards(*, desired: Sequence[ShardId], living: Collection[ShardId], served: Collection[ShardId]) -> ShardPlan:
-    """After a controller's start: shards that live are adopted, those that were never made are created.
-
-    served: members of the epoch in force. Such a shard that lives no more is neither: its weights were lost
-    after it had served, and only another epoch may give its slots a new home.
-    """
+def plan_shards(*, desired: Sequence[ShardId], living: Collection[ShardId]) -> ShardPlan:
+    """At a start that an earlier controller may have begun: shards that live are adopted, the others created."""
     return ShardPlan(
         adopt=tuple(shard for shard in desired if shard in living),
-        create=tuple(shard for shard in desired if shard not in living and shard not in served),
+        create=tuple(shard for shard in desired if shard not in living),
     )
 
 

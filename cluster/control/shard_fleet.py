@@ -6,20 +6,32 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from cluster.control.reconcile import plan_shards
 from cluster.metrics.snapshot import Snapshot
 from experts.epoch import Epoch, ShardAddress
-from experts.placement import ShardId, Slot
+from experts.placement import ShardId
 from experts.shard_spec import ShardSpec
 
 logger = logging.getLogger("arriero.controller")
 T = TypeVar("T")
 
 
-class ShardDied(Exception):  # noqa: N818 told, not erred
-    """The shard's process has ended, or its actor does not exist. The message says why, as far as is known."""
+class ShardError(Exception):
+    """What a shard was asked for did not come about; the message says why."""
+
+
+class ShardDied(ShardError):  # noqa: N818 told, not erred
+    """The shard's process has ended, or its actor does not exist."""
+
+
+class ShardUnreachable(ShardError):  # noqa: N818
+    """The shard may live, but cannot be spoken to now."""
+
+
+class ShardRefused(ShardError):  # noqa: N818
+    """The shard answered, with an error."""
 
 
 class StartError(RuntimeError):
@@ -28,16 +40,20 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
-    """What a shard says of itself. load: (layer, expert, tokens) since it started."""
+    """What a shard says of itself. load: (layer, expert, tokens) since it started. num_free_slots fit into
+    memory_pool, which it may share with others."""
 
     pid: int
     node_id: str
     load: Sequence[tuple[int, int, int]]
+    epochs: frozenset[int]
+    memory_pool: str
+    num_free_slots: int
     metrics: Snapshot = field(default_factory=Snapshot)
 
 
 class ShardPool(Protocol):
-    """Shards as processes, by id. Every method may raise ShardDied."""
+    """Shards as processes, by id. Every method but remove may raise a ShardError."""
 
     async def living(self, shard_ids: Collection[ShardId]) -> set[ShardId]: ...
 
@@ -49,7 +65,11 @@ class ShardPool(Protocol):
         """Returns once the shard has loaded and listens."""
         ...
 
-    async def serve_epoch(self, shard_id: ShardId, epoch: Epoch) -> None: ...
+    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch) -> None:
+        """Returns once the shard has loaded what the epoch gives it and serves it."""
+        ...
+
+    async def retire(self, shard_id: ShardId, term: int, number: int) -> None: ...
 
     async def report(self, shard_id: ShardId) -> ShardReport: ...
 
@@ -65,28 +85,20 @@ class ShardFleet:
         self._pool = pool
         self._timeout_s = timeout_s
 
-    async def load(self, specs: Mapping[ShardId, ShardSpec], epoch: Epoch | None) -> tuple[ShardAddress, ...]:
-        """Adopts the shards that live, creates the others, and waits until every one has loaded.
-
-        epoch: the one in force, if a controller before us had got that far; its dead shards are left out.
-        """
+    async def load(self, specs: Mapping[ShardId, ShardSpec]) -> tuple[ShardAddress, ...]:
+        """Adopts the shards that live, creates the others, and waits until every one has loaded."""
         ids = tuple(specs)
-        served = frozenset() if epoch is None else frozenset(address.shard_id for address in epoch.shards)
-        plan = plan_shards(desired=ids, living=await self._pool.living(ids), served=served)
+        plan = plan_shards(desired=ids, living=await self._pool.living(ids))
         logger.info("shards: adopting %s, creating %s", list(plan.adopt), list(plan.create))
         await self._all(
             self._within(shard_id, "placing", self._pool.create(specs[shard_id])) for shard_id in plan.create
         )
-        return await self._all(
-            self._within(shard_id, "loading", self._pool.address(shard_id))
-            for shard_id in ids
-            if shard_id in plan.adopt or shard_id in plan.create
-        )
+        return await self._all(self._within(shard_id, "loading", self._pool.address(shard_id)) for shard_id in ids)
 
-    async def open(self, epoch: Epoch, shard_ids: Iterable[ShardId]) -> None:
+    async def open(self, epoch: Epoch, shard_ids: Iterable[ShardId], *, term: int) -> None:
         """Has the shards serve the epoch."""
         await self._all(
-            self._within(shard_id, f"opening epoch {epoch.number}", self._pool.serve_epoch(shard_id, epoch))
+            self._within(shard_id, f"opening epoch {epoch.number}", self._pool.prepare(shard_id, term, epoch))
             for shard_id in shard_ids
         )
 
@@ -99,7 +111,7 @@ class ShardFleet:
                 return await act
         except TimeoutError:
             raise StartError(f"{shard_id}: {phase} took longer than {self._timeout_s:g} s") from None
-        except ShardDied as error:
+        except ShardError as error:
             raise StartError(f"{shard_id}: {phase} failed: {error}") from None
 
     @staticmethod
@@ -112,10 +124,3 @@ class ShardFleet:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def shard_specs(
-    shard_ids: Iterable[ShardId], slots_by_shard: Mapping[ShardId, tuple[Slot, ...]], **common: Any
-) -> dict[ShardId, ShardSpec]:
-    """common: the fields of ShardSpec in which the shards do not differ."""
-    return {shard_id: ShardSpec(shard_id=shard_id, slots=slots_by_shard[shard_id], **common) for shard_id in shard_ids}

@@ -18,7 +18,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.control.shard_fleet import ShardDied, ShardReport
+from cluster.control.shard_fleet import ShardDied, ShardError, ShardRefused, ShardReport, ShardUnreachable
 from cluster.metrics.member_snapshots import shard_snapshot
 from experts.actor import ExpertShardActor
 from experts.epoch import Epoch, ShardAddress
@@ -30,6 +30,8 @@ logger = logging.getLogger("arriero.controller")
 NAMESPACE = "arriero"
 PLACING_POLL_S = 1.0
 REMOVE_TIMEOUT_S = 10.0
+# A preparation and a drain may take long; nobody shall take the shard for silent meanwhile.
+SHARD_CALLS_AT_A_TIME = 8
 # A shard computes in threads that wait for their next tile; they must not burn the cores of the others meanwhile.
 QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -57,8 +59,11 @@ class RayShardPool:
         address: ShardAddress = await self._ask(shard_id, "address")
         return address
 
-    async def serve_epoch(self, shard_id: ShardId, epoch: Epoch) -> None:
-        await self._ask(shard_id, "serve_epoch", epoch.to_dict())
+    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch) -> None:
+        await self._ask(shard_id, "prepare", term, epoch.to_dict())
+
+    async def retire(self, shard_id: ShardId, term: int, number: int) -> None:
+        await self._ask(shard_id, "retire", term, number)
 
     async def report(self, shard_id: ShardId) -> ShardReport:
         stats = await self._ask(shard_id, "stats")
@@ -70,7 +75,15 @@ class RayShardPool:
             num_refused_requests=stats["num_refused_requests"],
             resident_bytes=stats["resident_bytes"],
         )
-        return ShardReport(pid=stats["pid"], node_id=stats["node"], load=stats["load"], metrics=metrics)
+        return ShardReport(
+            pid=stats["pid"],
+            node_id=stats["node"],
+            load=stats["load"],
+            epochs=frozenset(stats["epochs"]),
+            memory_pool=stats["memory_pool"],
+            num_free_slots=stats["num_free_slots"],
+            metrics=metrics,
+        )
 
     async def remove(self, shard_id: ShardId, *, drain_timeout_s: float) -> None:
         if drain_timeout_s > 0:
@@ -93,6 +106,7 @@ class RayShardPool:
             lifetime="detached",
             get_if_exists=True,
             max_restarts=0,
+            max_concurrency=SHARD_CALLS_AT_A_TIME,
             num_cpus=self._resources["CPU"],
             num_gpus=self._resources["GPU"],
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group),
@@ -114,13 +128,13 @@ class RayShardPool:
             async with asyncio.timeout(timeout_s):
                 await self._ask(shard_id, "drain", timeout_s)
                 await self._ask(shard_id, "wait_closed", timeout_s)
-        except (ShardDied, TimeoutError) as error:
+        except (ShardError, TimeoutError) as error:
             logger.warning("%s did not drain: %s", shard_id, error)
 
     async def _answers(self, shard_id: ShardId) -> bool:
         try:
             await self._ask(shard_id, "stats")
-        except ShardDied:
+        except ShardError:
             return False
         return True
 
@@ -130,10 +144,12 @@ class RayShardPool:
             raise ShardDied("its actor does not exist")
         try:
             return await getattr(handle, method).remote(*arguments)
-        except (ActorDiedError, ActorUnavailableError) as error:
+        except ActorDiedError as error:
             raise ShardDied(reason_of(error)) from None
+        except ActorUnavailableError as error:
+            raise ShardUnreachable(reason_of(error)) from None
         except RayTaskError as error:
-            raise ShardDied(f"{method}: {reason_of(error)}") from None
+            raise ShardRefused(f"{method}: {reason_of(error)}") from None
 
     def _find(self, shard_id: ShardId) -> ActorHandle[Any] | None:
         if shard_id not in self._handles:

@@ -207,6 +207,19 @@ class Gateway:
             raise ServiceError(StatusCode.UNAVAILABLE, "the controller has come back and gathers reports: try again")
         return expose(merge(numbers), model_name=self._model.name)
 
+    async def ScaleShards(
+        self, request: admin_pb2.ScaleShardsRequest, grpc_context: Any
+    ) -> admin_pb2.ScaleShardsResponse:
+        with _errors_told(grpc_context):
+            self._check_admin(grpc_context)
+            try:
+                answer = await self._link.scale_shards(request.num_shards, VIEW_TIMEOUT_S)
+            except (RayError, TimeoutError):
+                raise ServiceError(StatusCode.UNAVAILABLE, "the controller does not answer: try again") from None
+            if "refusal" in answer:
+                raise ServiceError(StatusCode.INVALID_ARGUMENT, answer["refusal"])
+            return admin_pb2.ScaleShardsResponse(shard_ids=answer["shard_ids"])
+
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
         with _errors_told(grpc_context):
             if request.service not in HEALTH_SERVICES:

@@ -31,6 +31,7 @@ TEXT_FIELDS = frozenset({"stop", "include_stop_str_in_output"})
 DEFAULT_LISTED = 100
 MAX_LISTED = 1000
 POLICIES = {
+    generation_pb2.ON_MISSING_EXPERT_WAIT: MissingExpertPolicy.WAIT,
     generation_pb2.ON_MISSING_EXPERT_FAIL: MissingExpertPolicy.FAIL,
     generation_pb2.ON_MISSING_EXPERT_SHARED_ONLY: MissingExpertPolicy.SHARED_ONLY,
 }

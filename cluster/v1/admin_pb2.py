@@ -24,31 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63luster/v1/admin.proto\x12\narriero.v1\"\x10\n\x0eGetViewRequest\"\xe2\x01\n\x0fGetViewResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12&\n\ncontroller\x18\x02 \x01(\x0b\x32\x12.arriero.v1.Member\x12$\n\x08gateways\x18\x03 \x03(\x0b\x32\x12.arriero.v1.Member\x12#\n\x07routers\x18\x04 \x03(\x0b\x32\x12.arriero.v1.Member\x12\'\n\x06shards\x18\x05 \x03(\x0b\x32\x17.arriero.v1.ShardMember\x12$\n\x04load\x18\x06 \x03(\x0b\x32\x16.arriero.v1.ExpertLoad\">\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\"R\n\x0bShardMember\x12\"\n\x06member\x18\x01 \x01(\x0b\x32\x12.arriero.v1.Member\x12\x1f\n\x05slots\x18\x02 \x03(\x0b\x32\x10.arriero.v1.Slot\"%\n\x04Slot\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\";\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x03\"+\n\x13ListRequestsRequest\x12\x14\n\x0cmax_requests\x18\x01 \x01(\x05\"S\n\x14ListRequestsResponse\x12\x10\n\x08num_open\x18\x01 \x01(\x05\x12)\n\x08requests\x18\x02 \x03(\x0b\x32\x17.arriero.v1.OpenRequest\"\xd7\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x11\n\trouter_id\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\r\n\x05phase\x18\x06 \x01(\t\x12\r\n\x05\x61ge_s\x18\x07 \x01(\x01\x12\x0e\n\x06idle_s\x18\x08 \x01(\x01\x12\x19\n\x11num_prompt_tokens\x18\t \x01(\x05\x12\x1d\n\x15num_completion_tokens\x18\n \x01(\x05\x32\xa5\x01\n\x0c\x41\x64minService\x12\x42\n\x07GetView\x12\x1a.arriero.v1.GetViewRequest\x1a\x1b.arriero.v1.GetViewResponse\x12Q\n\x0cListRequests\x12\x1f.arriero.v1.ListRequestsRequest\x1a .arriero.v1.ListRequestsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63luster/v1/admin.proto\x12\narriero.v1\"(\n\x12ScaleShardsRequest\x12\x12\n\nnum_shards\x18\x01 \x01(\x05\"(\n\x13ScaleShardsResponse\x12\x11\n\tshard_ids\x18\x01 \x03(\t\"\x10\n\x0eGetViewRequest\"\xe2\x01\n\x0fGetViewResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12&\n\ncontroller\x18\x02 \x01(\x0b\x32\x12.arriero.v1.Member\x12$\n\x08gateways\x18\x03 \x03(\x0b\x32\x12.arriero.v1.Member\x12#\n\x07routers\x18\x04 \x03(\x0b\x32\x12.arriero.v1.Member\x12\'\n\x06shards\x18\x05 \x03(\x0b\x32\x17.arriero.v1.ShardMember\x12$\n\x04load\x18\x06 \x03(\x0b\x32\x16.arriero.v1.ExpertLoad\">\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\"R\n\x0bShardMember\x12\"\n\x06member\x18\x01 \x01(\x0b\x32\x12.arriero.v1.Member\x12\x1f\n\x05slots\x18\x02 \x03(\x0b\x32\x10.arriero.v1.Slot\"%\n\x04Slot\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\";\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x03\"+\n\x13ListRequestsRequest\x12\x14\n\x0cmax_requests\x18\x01 \x01(\x05\"S\n\x14ListRequestsResponse\x12\x10\n\x08num_open\x18\x01 \x01(\x05\x12)\n\x08requests\x18\x02 \x03(\x0b\x32\x17.arriero.v1.OpenRequest\"\xd7\x01\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x11\n\trouter_id\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\r\n\x05phase\x18\x06 \x01(\t\x12\r\n\x05\x61ge_s\x18\x07 \x01(\x01\x12\x0e\n\x06idle_s\x18\x08 \x01(\x01\x12\x19\n\x11num_prompt_tokens\x18\t \x01(\x05\x12\x1d\n\x15num_completion_tokens\x18\n \x01(\x05\x32\xf5\x01\n\x0c\x41\x64minService\x12\x42\n\x07GetView\x12\x1a.arriero.v1.GetViewRequest\x1a\x1b.arriero.v1.GetViewResponse\x12Q\n\x0cListRequests\x12\x1f.arriero.v1.ListRequestsRequest\x1a .arriero.v1.ListRequestsResponse\x12N\n\x0bScaleShards\x12\x1e.arriero.v1.ScaleShardsRequest\x1a\x1f.arriero.v1.ScaleShardsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETVIEWREQUEST']._serialized_start=38
-  _globals['_GETVIEWREQUEST']._serialized_end=54
-  _globals['_GETVIEWRESPONSE']._serialized_start=57
-  _globals['_GETVIEWRESPONSE']._serialized_end=283
-  _globals['_MEMBER']._serialized_start=285
-  _globals['_MEMBER']._serialized_end=347
-  _globals['_SHARDMEMBER']._serialized_start=349
-  _globals['_SHARDMEMBER']._serialized_end=431
-  _globals['_SLOT']._serialized_start=433
-  _globals['_SLOT']._serialized_end=470
-  _globals['_EXPERTLOAD']._serialized_start=472
-  _globals['_EXPERTLOAD']._serialized_end=531
-  _globals['_LISTREQUESTSREQUEST']._serialized_start=533
-  _globals['_LISTREQUESTSREQUEST']._serialized_end=576
-  _globals['_LISTREQUESTSRESPONSE']._serialized_start=578
-  _globals['_LISTREQUESTSRESPONSE']._serialized_end=661
-  _globals['_OPENREQUEST']._serialized_start=664
-  _globals['_OPENREQUEST']._serialized_end=879
-  _globals['_ADMINSERVICE']._serialized_start=882
-  _globals['_ADMINSERVICE']._serialized_end=1047
+  _globals['_SCALESHARDSREQUEST']._serialized_start=38
+  _globals['_SCALESHARDSREQUEST']._serialized_end=78
+  _globals['_SCALESHARDSRESPONSE']._serialized_start=80
+  _globals['_SCALESHARDSRESPONSE']._serialized_end=120
+  _globals['_GETVIEWREQUEST']._serialized_start=122
+  _globals['_GETVIEWREQUEST']._serialized_end=138
+  _globals['_GETVIEWRESPONSE']._serialized_start=141
+  _globals['_GETVIEWRESPONSE']._serialized_end=367
+  _globals['_MEMBER']._serialized_start=369
+  _globals['_MEMBER']._serialized_end=431
+  _globals['_SHARDMEMBER']._serialized_start=433
+  _globals['_SHARDMEMBER']._serialized_end=515
+  _globals['_SLOT']._serialized_start=517
+  _globals['_SLOT']._serialized_end=554
+  _globals['_EXPERTLOAD']._serialized_start=556
+  _globals['_EXPERTLOAD']._serialized_end=615
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=617
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=660
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=662
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=745
+  _globals['_OPENREQUEST']._serialized_start=748
+  _globals['_OPENREQUEST']._serialized_end=963
+  _globals['_ADMINSERVICE']._serialized_start=966
+  _globals['_ADMINSERVICE']._serialized_end=1211
 # @@protoc_insertion_point(module_scope)

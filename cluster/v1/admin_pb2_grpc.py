@@ -44,6 +44,11 @@ class AdminServiceStub(object):
                 request_serializer=cluster_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_admin__pb2.ListRequestsResponse.FromString,
                 _registered_method=True)
+        self.ScaleShards = channel.unary_unary(
+                '/arriero.v1.AdminService/ScaleShards',
+                request_serializer=cluster_dot_v1_dot_admin__pb2.ScaleShardsRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_admin__pb2.ScaleShardsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -64,6 +69,15 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleShards(self, request, context):
+        """Changes the number of expert shards while they serve. Answers once that is remembered; it has come about when
+        GetView shows the shards of the answer ready, with slots, and no others alive. INVALID_ARGUMENT for a number below
+        the copies of an expert or above the slots there are to hold.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +90,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListRequests,
                     request_deserializer=cluster_dot_v1_dot_admin__pb2.ListRequestsRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_admin__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'ScaleShards': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleShards,
+                    request_deserializer=cluster_dot_v1_dot_admin__pb2.ScaleShardsRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_admin__pb2.ScaleShardsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +151,33 @@ class AdminService(object):
             '/arriero.v1.AdminService/ListRequests',
             cluster_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
             cluster_dot_v1_dot_admin__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleShards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.AdminService/ScaleShards',
+            cluster_dot_v1_dot_admin__pb2.ScaleShardsRequest.SerializeToString,
+            cluster_dot_v1_dot_admin__pb2.ScaleShardsResponse.FromString,
             options,
             channel_credentials,
             insecure,

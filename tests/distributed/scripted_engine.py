@@ -47,6 +47,9 @@ class CountingEngine:
         time.sleep(STEP_S)
         return [self._advance(request) for request in tuple(self._open.values()) if request.prompt_ids[0] != SILENT]
 
+    def resume_parked(self) -> None:
+        """Nothing waits here."""
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._open),

@@ -218,21 +218,6 @@ def test_a_router_that_is_killed_costs_its_streams_nothing_but_time(run_app: Run
         )
 
 
-def test_a_shard_that_is_killed_is_seen_dead_and_its_experts_are_missed(run_app: RunApp) -> None:
-    with run_app("orphan", shards=2) as service:
-        ask(service)
-        victim = service.view()["shards"][0]
-        os.kill(victim["pid"], signal.SIGKILL)
-        wait_until(lambda: service.view()["shards"][0]["state"] == "dead", "the shard is seen dead", timeout_s=3)
-        address, metadata = service.cluster.grpc_address, service.app_name
-        with ArrieroClient(address, application=metadata, retry=RetryPolicy(max_tries=1)) as client:
-            with pytest.raises(ArrieroError, match="UNAVAILABLE"):
-                list(client.generate(PROMPT, sampling=GREEDY))
-            degraded = list(client.generate(PROMPT, sampling=GREEDY, on_missing_expert="shared_only"))
-        assert len(tokens(degraded)) == 24
-        assert degraded[-1].degraded
-
-
 def test_a_controller_that_is_killed_comes_back_to_the_same_shards(run_app: RunApp) -> None:
     with run_app("reborn", shards=2) as service:
         before = service.view()

@@ -23,6 +23,7 @@ from router.sampling_params import SamplingParams
 
 VOCAB_SIZE = 40
 EOS = 2
+EXPERT_WAIT_S = 120.0
 DEGRADED = 1000
 """Added to a stored token id whose keys and values were computed without an expert, now or before it."""
 
@@ -141,7 +142,10 @@ class Harness:
             config=self.config,
             limits=self.limits,
             on_missing_expert=on_missing_expert,
+            expert_wait_s=EXPERT_WAIT_S,
+            clock=lambda: self.now_s,
         )
+        self.now_s = 0.0
         self.token_ids: dict[str, list[int]] = {}
         self.outputs: dict[str, list[SequenceOutput]] = {}
 

@@ -404,6 +404,7 @@ def test_an_exception_of_the_model_is_not_swallowed(monkeypatch: pytest.MonkeyPa
         (MissingExpertPolicy.SHARED_ONLY, None, True),
         (MissingExpertPolicy.SHARED_ONLY, MissingExpertPolicy.FAIL, False),
         (MissingExpertPolicy.FAIL, None, False),
+        (MissingExpertPolicy.WAIT, MissingExpertPolicy.SHARED_ONLY, True),
     ],
 )
 def test_a_requests_own_policy_comes_before_the_engines(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fake_model import Harness, fake_config, tokens, true_greedy
 from hypothesis import given, settings
@@ -95,14 +96,45 @@ def test_what_a_degraded_run_leaves_in_the_cache_is_sound(workloads: list[Worklo
         assert list(harness.token_ids.values())[-1] == true_greedy(workload.prompt_ids, 3, harness.config)
 
 
-def play(harness: Harness, workloads: list[Workload], max_steps: int = 3000) -> set[str]:
-    """Runs all workloads to their ends; the ids of those that were aborted before."""
+@settings(max_examples=200, deadline=None)
+@given(
+    harness=harnesses(),
+    workloads=st.lists(WORKLOADS, min_size=1, max_size=8),
+    outages=st.lists(st.tuples(st.integers(0, 12), st.integers(1, 8)), max_size=4),
+)
+def test_outages_that_end_cost_who_waits_nothing_but_time(
+    harness: Harness, workloads: list[Workload], outages: list[tuple[int, int]]
+) -> None:
+    workloads = [replace(workload, may_degrade=False) for workload in workloads]
+    aborted = play(harness, workloads, policy=MissingExpertPolicy.WAIT, outages=outages)
+    harness.assert_all_blocks_free()
+    for index, workload in enumerate(workloads):
+        if f"r{index}" not in aborted:
+            outputs = harness.outputs[f"r{index}"]
+            assert [output.finish_reason for output in outputs if output.finish_reason] == [FinishReason.LENGTH]
+            check_tokens(harness, f"r{index}", workload)
+
+
+def play(
+    harness: Harness,
+    workloads: list[Workload],
+    max_steps: int = 3000,
+    policy: MissingExpertPolicy | None = None,
+    outages: Sequence[tuple[int, int]] = (),
+) -> set[str]:
+    """Runs all workloads to their ends; the ids of those that were aborted before. policy is of those that may not
+    degrade. outages: (first step, number of steps) in which an expert is lost; with their ends an epoch is adopted."""
     aborted: set[str] = set()
     to_come = dict(enumerate(workloads))
     for step in range(max_steps):
+        if outages:
+            is_lost = any(first <= step < first + length for first, length in outages)
+            harness.model.lost_token_ids = {LOST_TOKEN_ID} if is_lost else set()
+            if not is_lost:
+                harness.engine.resume_parked()
         for index, workload in tuple(to_come.items()):
             if workload.arrives_at_step <= step:
-                add(harness, f"r{index}", to_come.pop(index))
+                add(harness, f"r{index}", to_come.pop(index), policy)
         for index, workload in enumerate(workloads):
             if abort_is_due(workload, step) and f"r{index}" in harness.outputs and not has_ended(harness, f"r{index}"):
                 harness.engine.abort(f"r{index}")
@@ -110,7 +142,7 @@ def play(harness: Harness, workloads: list[Workload], max_steps: int = 3000) -> 
                 aborted.add(f"r{index}")
         if harness.engine.has_work:
             harness.step()
-        elif not to_come:
+        elif not to_come and not harness.engine.stats().num_parked:
             return aborted
     raise AssertionError("the workloads do not end")
 
@@ -123,7 +155,7 @@ def has_ended(harness: Harness, request_id: str) -> bool:
     return any(output.finish_reason for output in harness.outputs[request_id])
 
 
-def add(harness: Harness, request_id: str, workload: Workload) -> None:
+def add(harness: Harness, request_id: str, workload: Workload, policy: MissingExpertPolicy | None = None) -> None:
     prompt_ids = workload.prompt_ids
     resume_ids = true_greedy(prompt_ids, workload.num_resumed, harness.config)
     harness.add(
@@ -132,7 +164,7 @@ def add(harness: Harness, request_id: str, workload: Workload) -> None:
         resume_ids=resume_ids,
         max_tokens=workload.max_tokens,
         num_prompt_logprobs=0 if workload.wants_prompt_logprobs else None,
-        on_missing_expert=MissingExpertPolicy.SHARED_ONLY if workload.may_degrade else None,
+        on_missing_expert=MissingExpertPolicy.SHARED_ONLY if workload.may_degrade else policy,
     )
 
 

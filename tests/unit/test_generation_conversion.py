@@ -73,10 +73,11 @@ def test_a_request_without_prompt_names_the_fields() -> None:
         generate_call(generation_pb2.GenerateRequest())
 
 
-def test_waiting_for_experts_is_refused_by_name() -> None:
-    request = generation_pb2.GenerateRequest(text="hi", on_missing_expert=generation_pb2.ON_MISSING_EXPERT_WAIT)
-    with pytest.raises(ValueError, match="not ON_MISSING_EXPERT_WAIT"):
-        generate_call(request)
+@pytest.mark.parametrize("policy", list(MissingExpertPolicy))
+def test_every_policy_has_its_name_on_the_wire(policy: MissingExpertPolicy) -> None:
+    value = generation_pb2.OnMissingExpert.Value(f"ON_MISSING_EXPERT_{policy.name}")
+    call = generate_call(generation_pb2.GenerateRequest(text="hi", on_missing_expert=value))
+    assert call.on_missing_expert is policy
 
 
 def test_an_unknown_policy_is_refused_by_number() -> None:

@@ -1,5 +1,14 @@
 from cluster.config import ServiceConfig
-from cluster.control.reconcile import AppWatch, ShardPlan, plan_shards, shard_changes, shard_ids
+from cluster.control.reconcile import (
+    AppWatch,
+    ShardPlan,
+    further_shards,
+    lineage,
+    plan_shards,
+    shard_changes,
+    shard_ids,
+    successor,
+)
 from experts.placement import ShardId
 
 A, B, C = ShardId("a"), ShardId("b"), ShardId("c")
@@ -10,16 +19,24 @@ def test_shards_of_two_starts_never_share_a_name() -> None:
     assert len(set(shard_ids(3, "x"))) == 3
 
 
+def test_a_replacement_is_of_the_same_lineage_under_another_name() -> None:
+    first, _second = shard_ids(2, "x")
+    after = successor(first, "y")
+    assert after != first
+    assert lineage(after) == lineage(first) == "shard-0"
+
+
+def test_further_shards_take_free_lineages() -> None:
+    known = [ShardId("shard-0-x"), ShardId("shard-2-y")]
+    assert further_shards(known, 3, "z") == ("shard-1-z", "shard-3-z", "shard-4-z")
+
+
 def test_a_first_start_creates_every_shard() -> None:
-    assert plan_shards(desired=[A, B], living=[], served=[]) == ShardPlan(adopt=(), create=(A, B))
+    assert plan_shards(desired=[A, B], living=[]) == ShardPlan(adopt=(), create=(A, B))
 
 
 def test_a_controller_reborn_while_shards_load_adopts_those_there_are() -> None:
-    assert plan_shards(desired=[A, B, C], living={B}, served=[]) == ShardPlan(adopt=(B,), create=(A, C))
-
-
-def test_a_shard_that_died_after_it_had_served_is_not_made_again() -> None:
-    assert plan_shards(desired=[A, B], living={A}, served={A, B}) == ShardPlan(adopt=(A,), create=())
+    assert plan_shards(desired=[A, B, C], living={B}) == ShardPlan(adopt=(B,), create=(A, C))
 
 
 def test_changes_of_the_front_leave_the_shards_alone() -> None:

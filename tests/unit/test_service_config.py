@@ -43,9 +43,11 @@ def test_equal_ports_are_refused() -> None:
         parse_config({"model": "m", "grpc_port": 8000})
 
 
-def test_waiting_for_experts_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match="'wait' comes with failover"):
-        parse_config({"model": "m", "on_missing_expert": "wait"})
+def test_without_a_word_about_it_requests_wait_for_lost_experts() -> None:
+    config = parse_config({"model": "m"})
+    assert (config.on_missing_expert, config.expert_wait_s) == ("wait", 120.0)
+    with pytest.raises(ConfigError, match="expert_wait_s"):
+        parse_config({"model": "m", "expert_wait_s": 0})
 
 
 def test_an_application_name_must_be_fit_for_actor_names() -> None:

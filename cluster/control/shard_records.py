@@ -1,0 +1,106 @@
+"""What is known of each shard, from its own answers and from those that failed. Pure: time comes in as an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.control.epoch_view import ShardView
+from cluster.control.membership import MemberState
+from cluster.control.shard_fleet import ShardReport
+from experts.epoch import ShardAddress
+from experts.placement import ShardId
+
+
+@dataclass(slots=True, kw_only=True)
+class _Record:
+    """address: None while it loads. seen_s: None before its first answer."""
+
+    address: ShardAddress | None = None
+    epochs: frozenset[int] = frozenset()
+    memory_pool: str = ""
+    num_free_slots: int = 0
+    seen_s: float | None = None
+    has_ended: bool = False
+    rests_until_s: float = 0.0
+
+
+class ShardRecords:
+    """Shards by id. What comes of a shard that is not known, or has ended, changes nothing."""
+
+    def __init__(self, *, suspect_after_s: float) -> None:
+        self._suspect_after_s = suspect_after_s
+        self._records: dict[ShardId, _Record] = {}
+
+    def __contains__(self, shard_id: ShardId) -> bool:
+        return shard_id in self._records
+
+    def add(self, shard_id: ShardId, address: ShardAddress | None = None) -> None:
+        """address: of one that has loaded before."""
+        self._records[shard_id] = _Record(address=address)
+
+    def drop(self, shard_id: ShardId) -> None:
+        self._records.pop(shard_id, None)
+
+    def address_of(self, shard_id: ShardId) -> ShardAddress | None:
+        record = self._records.get(shard_id)
+        return None if record is None else record.address
+
+    def loading(self) -> tuple[ShardId, ...]:
+        return tuple(shard for shard, each in self._records.items() if each.address is None and not each.has_ended)
+
+    def up(self) -> tuple[ShardId, ...]:
+        """Those that have loaded and, as far as is known, live."""
+        return tuple(shard for shard, each in self._records.items() if each.address is not None and not each.has_ended)
+
+    def note_up(self, shard_id: ShardId, address: ShardAddress) -> None:
+        if (record := self._living(shard_id)) is not None:
+            record.address = address
+
+    def note_report(self, shard_id: ShardId, report: ShardReport, now_s: float) -> None:
+        if (record := self._living(shard_id)) is not None:
+            record.epochs = report.epochs
+            record.memory_pool, record.num_free_slots = report.memory_pool, report.num_free_slots
+            record.seen_s = now_s
+
+    def note_serves(self, shard_id: ShardId, number: int) -> None:
+        if (record := self._living(shard_id)) is not None:
+            record.epochs |= {number}
+
+    def note_retired(self, shard_id: ShardId, number: int) -> None:
+        if (record := self._living(shard_id)) is not None:
+            record.epochs -= {number}
+
+    def note_death(self, shard_id: ShardId, *, rests_until_s: float = 0.0) -> bool:
+        """Whether that is news."""
+        record = self._living(shard_id)
+        if record is None:
+            return False
+        record.has_ended, record.rests_until_s = True, rests_until_s
+        return True
+
+    def views(self, now_s: float) -> dict[ShardId, ShardView]:
+        return {shard_id: self._view(record, now_s) for shard_id, record in self._records.items()}
+
+    def _living(self, shard_id: ShardId) -> _Record | None:
+        record = self._records.get(shard_id)
+        return None if record is None or record.has_ended else record
+
+    def _view(self, record: _Record, now_s: float) -> ShardView:
+        return ShardView(
+            state=self._state(record, now_s),
+            epochs=record.epochs,
+            memory_pool=record.memory_pool,
+            num_free_slots=record.num_free_slots,
+            seen_s=record.seen_s or 0.0,
+            rests=now_s < record.rests_until_s,
+        )
+
+    def _state(self, record: _Record, now_s: float) -> MemberState:
+        """One that has loaded under an earlier controller and has not answered this one yet is suspect: it may be
+        as it was, and nothing is done about it."""
+        if record.has_ended:
+            return MemberState.DEAD
+        if record.address is None:
+            return MemberState.STARTING
+        silent = record.seen_s is None or now_s - record.seen_s > self._suspect_after_s
+        return MemberState.SUSPECT if silent else MemberState.READY

@@ -1,0 +1,72 @@
+"""Shards are added and taken away under open streams, which may not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from conftest import RunApp, Service, wait_until
+from crowd import WHOLE_S, Crowd
+
+from cluster.commands.scale import is_done
+from cluster.v1 import admin_pb2, admin_pb2_grpc
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def elastic(run_app: RunApp) -> Iterator[Service]:
+    with run_app("elastic", routers=1, shards=2, stream_interval_ms=0) as running:
+        yield running
+
+
+@pytest.fixture
+def admin(elastic: Service) -> Iterator[admin_pb2_grpc.AdminServiceStub]:
+    with grpc.insecure_channel(elastic.cluster.grpc_address) as channel:
+        yield admin_pb2_grpc.AdminServiceStub(channel)
+
+
+def scale(service: Service, admin: admin_pb2_grpc.AdminServiceStub, num_shards: int) -> None:
+    request = admin_pb2.ScaleShardsRequest(num_shards=num_shards)
+    answer = admin.ScaleShards(request, metadata=service.admin_metadata, timeout=60)
+    assert len(answer.shard_ids) == num_shards
+
+    def is_so() -> bool:
+        view = admin.GetView(admin_pb2.GetViewRequest(), metadata=service.admin_metadata, timeout=60)
+        return is_done(view, set(answer.shard_ids))
+
+    wait_until(is_so, f"{num_shards} shards serve", timeout_s=WHOLE_S)
+
+
+def test_streams_do_not_notice_that_shards_come_and_go(
+    elastic: Service, admin: admin_pb2_grpc.AdminServiceStub
+) -> None:
+    undisturbed = Crowd(elastic, "undisturbed").finish()
+    epoch = elastic.view()["epoch"]
+    for num_shards in (3, 1, 2):
+        crowd = Crowd(elastic, f"{num_shards} shards")
+        crowd.wait_until_warm()
+        crowd.assert_all_open()
+        scale(elastic, admin, num_shards)
+        assert crowd.finish() == undisturbed
+    view = elastic.view()
+    assert view["epoch"] >= epoch + 3
+    slots = sorted(tuple(slot) for shard in view["shards"] for slot in shard["slots"])
+    assert len(slots) == len(set(slots)) == 4 * 8
+
+
+def test_scaling_needs_the_token_and_a_number_that_can_be(
+    elastic: Service, admin: admin_pb2_grpc.AdminServiceStub
+) -> None:
+    request = admin_pb2.ScaleShardsRequest(num_shards=3)
+    with pytest.raises(grpc.RpcError) as failure:
+        admin.ScaleShards(request, metadata=elastic.metadata, timeout=60)
+    assert failure.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    for num_shards in (0, -1, 33, 2**31 - 1):
+        request = admin_pb2.ScaleShardsRequest(num_shards=num_shards)
+        with pytest.raises(grpc.RpcError) as failure:
+            admin.ScaleShards(request, metadata=elastic.admin_metadata, timeout=60)
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "shards must be between 1, the copies of an expert, and 32" in failure.value.details()
+        assert f"not {num_shards}" in failure.value.details()
