@@ -338,6 +338,28 @@ def test_echo_puts_the_prompt_in_front_of_every_choice(service: Service, stream:
     assert first[2]["logprobs"]["token_logprobs"][:3] == [None, -98.0, -84.0]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_that_echo_wait_for_the_log_probabilities_of_the_prompt(tokenizer: Tokenizer, stream: bool) -> None:
+    others_have_spoken = asyncio.Event()
+
+    async def speak_last(attempt: Attempt) -> CallEnd:
+        """The first choice, which alone brings them."""
+        await others_have_spoken.wait()
+        return await speak(b"a")(attempt)  # type: ignore[no-any-return]
+
+    async def speak_first(attempt: Attempt) -> CallEnd:
+        end = await speak(b"bc")(attempt)
+        asyncio.get_running_loop().call_later(0.05, others_have_spoken.set)
+        return end  # type: ignore[no-any-return]
+
+    service = Service(tokenizer, speak_last, speak_first)
+    answer = service.complete(prompt="x", echo=True, logprobs=0, n=2, stream=stream)
+    choices = [c for event in answer.events() for c in event["choices"]] if stream else answer.json()["choices"]
+    columns = next(choice for choice in choices if choice["index"] == 1)["logprobs"]
+    assert columns["tokens"][:3] == ["<|begin_of_text|>", "x", "b"]
+    assert columns["token_logprobs"][:3] == [None, -120.0, -98.0]
+
+
 def test_echo_of_no_tokens_gives_the_prompt_alone(service: Service) -> None:
     body = service.complete(prompt="ab", echo=True, logprobs=0, max_tokens=0).json()
     [choice] = body["choices"]

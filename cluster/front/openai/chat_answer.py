@@ -53,9 +53,7 @@ class ChatAnswer:
         self._begun.add(delta.choice_index)
         piece = ChatChunkChoice(
             index=delta.choice_index,
-            delta=ChatDelta(
-                role="assistant" if is_first else UNSET, content=chunk.text if chunk.text or is_first else UNSET
-            ),
+            delta=ChatDelta(role="assistant" if is_first else UNSET, content=chunk.text),
             logprobs=self._logprobs(delta.logprobs),
             finish_reason=FINISH_REASONS[delta.finish_reason],
             degraded=delta.degraded or UNSET,
@@ -106,11 +104,10 @@ class ChatAnswer:
 def _whole_choice(pieces: Sequence[ChatChunkChoice]) -> ChatChoice:
     reason = pieces[-1].finish_reason
     assert reason is not None, "a generation that does not fail has an end"
-    texts = [piece.delta.content for piece in pieces if not isinstance(piece.delta.content, UnsetType)]
     logprobs = [entry for piece in pieces if piece.logprobs is not None for entry in piece.logprobs.content]
     return ChatChoice(
         **choice_fields(pieces),
-        message=AnswerMessage(role="assistant", content="".join(texts)),
+        message=AnswerMessage(role="assistant", content="".join(piece.delta.content for piece in pieces)),
         logprobs=None if pieces[0].logprobs is None else ChatLogprobs(content=logprobs),
         finish_reason=reason,
     )

@@ -57,7 +57,7 @@ class Exchange:
     async def read_body(self, *, max_bytes: int, timeout_s: float) -> bytes:
         """Nothing above max_bytes is kept. Raises ApiError (408, 413), ClientGoneError."""
         declared = self._header("content-length")
-        if declared is not None and int(declared) > max_bytes:
+        if declared is not None and declared.isdecimal() and int(declared) > max_bytes:
             raise _too_large(max_bytes, declared)
         try:
             async with asyncio.timeout(timeout_s):

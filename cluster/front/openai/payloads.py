@@ -67,7 +67,7 @@ class Choice(Payload, frozen=True, kw_only=True):
 
 class ChatDelta(Payload, frozen=True, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str
 
 
 class ChatChunkChoice(Choice, frozen=True, kw_only=True):
