@@ -224,7 +224,10 @@ def test_an_output_larger_than_a_gateway_takes_is_handed_back_and_its_neighbours
     asyncio.run(scenario())
 
 
-def test_a_gateway_that_reads_nothing_is_lost_by_its_backlog(links: TokenLinks) -> None:
+def test_a_gateway_that_reads_nothing_is_lost_by_its_backlog() -> None:
+    # However slow the test is, the clock must not be first.
+    patient = LinkLimits(stall_timeout_s=600.0, max_backlog_bytes=1 << 20)
+    links = TokenLinks(router_id="router-a", secret=SECRET, limits=patient)
     gateway = SilentGateway()
     links.open(gateway.address)
     lost: dict[str, str] = {}

@@ -233,7 +233,7 @@ def test_a_choice_whose_end_the_client_has_seen_is_not_submitted() -> None:
 
 
 def test_tokens_that_gather_within_the_interval_come_together() -> None:
-    limits = RelayLimits(stream_interval_s=0.2, resubmit_timeout_s=1.0)
+    limits = RelayLimits(stream_interval_s=3600.0, resubmit_timeout_s=1.0)
 
     async def drip(attempt: Attempt) -> CallEnd:
         for token_id in range(NUM_TOKENS - 1):
