@@ -1,6 +1,6 @@
-"""What `make demo` runs: a small model with random weights, one router and four expert shards, on this machine.
+"""What `make demo` runs: the model that comes with Arriero, on one router and four expert shards of this machine.
 
-Its answers are noise; what it shows is the path of a request, and which shard's expert took which tokens.
+It asks over gRPC and through the `openai` client, checks every answer, and shows which experts served which task.
 """
 
 from __future__ import annotations
@@ -12,59 +12,97 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import IO
 
-from cluster.checkpoints.presets import create_checkpoint
+from openai import OpenAI
+from rich.console import Console
+
+from cluster.checkpoints.demo_tasks import TASKS, Sample, held_out_samples
 from cluster.client import ArrieroClient
 from cluster.client_types import Sampling
 from cluster.commands.status import find_service, get_view
+from cluster.expert_picture import ExpertCounts, picture
+from cluster.front.chat import ChatMessage
+from cluster.terminal_text import printable
 from cluster.v1 import admin_pb2
 
 NUM_SHARDS = 4
-NUM_STREAMS = 8
+NUM_STREAMS = 16
+NUM_CHECKED = 32
+# What the model's README promises of every task.
+MIN_ACCURACY = 0.95
 MAX_TOKENS = 64
-PROMPTS = ("Where do llamas live?", "What does an arriero do?", "Count the stars over the Altiplano.")
+SEED = 4
+GREEDY = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
 STOP_TIMEOUT_S = 60.0
-LOAD_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 20.0
+ANSWER_STYLE = "cyan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """host:port of both front doors."""
+
+    grpc: str
+    http: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """A piece of an answer. usage, in one of the last: prompt, cached and completion tokens."""
+
+    text: str
+    usage: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """num_computed_tokens: what the router's layers had to work on, the prompt's cached tokens left out."""
+
+    text: str
+    num_tokens: int
+    num_computed_tokens: int
+    first_token_s: float
 
 
 def main() -> int:
+    console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="arriero-demo-") as folder:
-        say("making a checkpoint: tiny-maverick, 8 layers, 8 experts in every second one, random weights")
-        model = create_checkpoint("tiny-maverick", Path(folder, "tiny-maverick"))
         log = Path(folder, "serve.log")
-        with log.open("w") as log_file, running_service(model, log_file) as address:
-            if address is None:
+        with log.open("w") as log_file, running_service(console, log_file) as addresses:
+            if addresses is None:
                 print(log.read_text(), file=sys.stderr)
                 return 1
-            show(address)
-    say("stopped; nothing is left")
-    return 0
-
-
-def say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+            wrong_tasks = show(console, addresses)
+    console.print("\nstopped; nothing is left", style="bold")
+    if wrong_tasks:
+        print(f"demo: fewer than {MIN_ACCURACY:.0%} right: {', '.join(wrong_tasks)}", file=sys.stderr)
+    return 1 if wrong_tasks else 0
 
 
 @contextmanager
-def running_service(model: Path, log_file: IO[str]) -> Iterator[str | None]:
-    """`arriero serve` as a user would start it; its gRPC address, or None where it did not start."""
+def running_service(console: Console, log_file: IO[str]) -> Iterator[Addresses | None]:
+    """`arriero serve` as a user would start it; None where it did not start."""
     grpc_port, http_port = free_ports(2)
-    flags = ["--model", str(model), "--routers", "1", "--shards", str(NUM_SHARDS)]
+    flags = ["--routers", "1", "--shards", str(NUM_SHARDS)]
     flags += ["--grpc-port", str(grpc_port), "--http-port", str(http_port)]
-    say(f"arriero serve {' '.join(flags)}")
+    console.print(f"\narriero serve {' '.join(flags)}", style="bold")
     started_s = time.perf_counter()
     command = [sys.executable, "-m", "cluster.cli", "serve", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log_file, text=True)
     assert process.stdout is not None
     try:
         line = process.stdout.readline().strip()
-        print(f"{line}  (after {time.perf_counter() - started_s:.1f} s)" if line else "it did not start", flush=True)
-        yield f"127.0.0.1:{grpc_port}" if line else None
+        took_s = time.perf_counter() - started_s
+        console.print(f"{line}  (after {took_s:.1f} s)" if line else "it did not start", markup=False)
+        addresses = Addresses(grpc=f"127.0.0.1:{grpc_port}", http=f"127.0.0.1:{http_port}")
+        yield addresses if line else None
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(STOP_TIMEOUT_S)
@@ -78,71 +116,134 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def show(address: str) -> None:
-    with ArrieroClient(address) as client:
-        for prompt in PROMPTS:
-            say(prompt)
-            stream_one(client, prompt)
-        say(f"{NUM_STREAMS} streams at once")
-        num_tokens = stream_many(client)
-    say("which expert served what: tokens by shard, decoder layer and expert")
-    print_load(wait_for_load(address, num_tokens))
+def show(console: Console, addresses: Addresses) -> list[str]:
+    """Returns the tasks that fell short of MIN_ACCURACY."""
+    samples = {task: held_out_samples(task, NUM_CHECKED, SEED) for task in TASKS}
+    answers: list[Answer] = []
+    with ArrieroClient(addresses.grpc) as client:
+        console.print("\nover gRPC, one at a time", style="bold")
+        answers += [shown(console, each[0], grpc_pieces(client, each[0])) for each in samples.values()]
+        console.print("\nthrough the openai client", style="bold")
+        with OpenAI(base_url=f"http://{addresses.http}/v1", api_key="none") as openai_client:
+            answers += [shown(console, each[1], http_pieces(openai_client, each[1])) for each in samples.values()]
+        view = settled_view(addresses.grpc, after={}, num_tokens=sum(each.num_computed_tokens for each in answers))
+        console.print(f"\n{NUM_CHECKED} prompts that it was not trained on, per task", style="bold")
+        return check_tasks(console, client, addresses, samples, view)
 
 
-def stream_one(client: ArrieroClient, prompt: str) -> None:
+def grpc_pieces(client: ArrieroClient, sample: Sample) -> Iterator[Heard]:
+    for piece in client.generate([ChatMessage.of_text("user", sample.prompt)], sampling=GREEDY):
+        usage = piece.usage
+        yield Heard(
+            text=piece.text,
+            usage=None if usage is None else (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens),
+        )
+
+
+def http_pieces(client: OpenAI, sample: Sample) -> Iterator[Heard]:
+    stream = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": sample.prompt}],
+        temperature=0.0,
+        max_completion_tokens=MAX_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in stream:
+        usage = None
+        if chunk.usage is not None:
+            details = chunk.usage.prompt_tokens_details
+            cached = 0 if details is None else details.cached_tokens or 0
+            usage = (chunk.usage.prompt_tokens, cached, chunk.usage.completion_tokens)
+        yield Heard(text=chunk.choices[0].delta.content or "" if chunk.choices else "", usage=usage)
+
+
+def shown(console: Console, sample: Sample, pieces: Iterator[Heard]) -> Answer:
+    """Prints an answer as it comes, and whether it is right."""
+    console.print(f"  {sample.prompt}  ", markup=False, end="")
+    answer = heard(pieces, lambda text: console.print(printable(text), style=ANSWER_STYLE, markup=False, end=""))
+    verdict = "[green]right[/]" if answer.text == sample.answer else f"[red]wrong: {sample.answer}[/]"
+    console.print(f"  {verdict} [dim](first token after {1000 * answer.first_token_s:.0f} ms)[/]")
+    return answer
+
+
+def heard(pieces: Iterator[Heard], each: Callable[[str], None]) -> Answer:
+    """The whole answer; ``each`` is called with every piece of its text."""
     started_s = time.perf_counter()
-    times_s: list[float] = []
-    num_tokens = 0
-    for piece in client.generate(prompt, sampling=Sampling(max_tokens=MAX_TOKENS, ignore_eos=True)):
-        print(printable(piece.text), end="", flush=True)
-        num_tokens += len(piece.token_ids)
-        times_s.append(time.perf_counter())
-    rate = (num_tokens - 1) / (times_s[-1] - times_s[0])
-    print(f"\n-- first token after {1000 * (times_s[0] - started_s):.0f} ms, then {rate:.0f} tokens/s", flush=True)
+    first_s, text, usage = None, "", None
+    for piece in pieces:
+        if first_s is None and piece.text:
+            first_s = time.perf_counter() - started_s
+        text += piece.text
+        each(piece.text)
+        usage = piece.usage or usage
+    assert usage is not None, "a stream tells at its end what it used"
+    prompt_tokens, cached_tokens, completion_tokens = usage
+    return Answer(
+        text=text,
+        num_tokens=completion_tokens,
+        # The last token of an answer is drawn and not computed with.
+        num_computed_tokens=prompt_tokens - cached_tokens + completion_tokens - 1,
+        first_token_s=time.perf_counter() - started_s if first_s is None else first_s,
+    )
 
 
-def printable(text: str) -> str:
-    """Random weights write random bytes; a terminal should not obey them."""
-    return "".join(character if character.isprintable() else "\N{MIDDLE DOT}" for character in text)
+def check_tasks(
+    console: Console,
+    client: ArrieroClient,
+    addresses: Addresses,
+    samples: dict[str, list[Sample]],
+    view: admin_pb2.GetViewResponse,
+) -> list[str]:
+    """Task by task, NUM_STREAMS prompts at once, so that what the experts counted since view belongs to that task."""
+    counts_of_task: dict[str, ExpertCounts] = {}
+    wrong_tasks: list[str] = []
+    for task, of_task in samples.items():
+        before = counts_of(view)
+        started_s = time.perf_counter()
+        answers = ask_all(client, of_task)
+        took_s = time.perf_counter() - started_s
+        num_right = sum(answer.text == sample.answer for answer, sample in zip(answers, of_task, strict=True))
+        if num_right < MIN_ACCURACY * len(of_task):
+            wrong_tasks.append(task)
+        console.print(f"  {task:8} {num_right} of {len(of_task)} right, {rates(answers, took_s)}", markup=False)
+        view = settled_view(addresses.grpc, after=before, num_tokens=sum(each.num_computed_tokens for each in answers))
+        counts_of_task[task] = {slot: count - before.get(slot, 0) for slot, count in counts_of(view).items()}
+    console.print("\nwhich experts served which task", style="bold")
+    shard_of = {(slot.layer, slot.expert): shard.member.id for shard in view.shards for slot in shard.slots}
+    console.print(picture(counts_of_task, shard_of))
+    return wrong_tasks
 
 
-def stream_many(client: ArrieroClient) -> int:
-    """Returns the tokens made."""
+def rates(answers: Sequence[Answer], took_s: float) -> str:
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    first_ms = 1000 * median(answer.first_token_s for answer in answers)
+    return f"{num_tokens / took_s:.0f} tokens/s, first token after {first_ms:.0f} ms (median, {NUM_STREAMS} at once)"
 
-    def stream(index: int) -> int:
-        sampling = Sampling(max_tokens=MAX_TOKENS, ignore_eos=True)
-        return sum(len(piece.token_ids) for piece in client.generate(f"Llama number {index}", sampling=sampling))
 
-    started_s = time.perf_counter()
+def ask_all(client: ArrieroClient, samples: Sequence[Sample]) -> list[Answer]:
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        num_tokens = sum(pool.map(stream, range(NUM_STREAMS)))
-    print(f"{num_tokens} tokens, {num_tokens / (time.perf_counter() - started_s):.0f} tokens/s in all", flush=True)
-    return num_tokens
+        return list(pool.map(lambda sample: heard(grpc_pieces(client, sample), lambda _text: None), samples))
 
 
-def wait_for_load(address: str, num_tokens: int) -> admin_pb2.GetViewResponse:
-    """Shards report twice a second: waits until every layer has seen at least the tokens of the last round."""
-    _, token = find_service(address)
+def settled_view(address: str, *, after: ExpertCounts, num_tokens: int) -> admin_pb2.GetViewResponse:
+    """Shards report twice a second: waits until every layer has counted num_tokens more than in ``after``."""
+    address, token = find_service(address)
     deadline = time.monotonic() + LOAD_TIMEOUT_S
     while True:
         view = get_view(address, token)
         by_layer: dict[int, int] = defaultdict(int)
-        for load in view.load:
-            by_layer[load.layer] += load.tokens
-        if (by_layer and min(by_layer.values()) >= num_tokens) or time.monotonic() > deadline:
+        for (layer, expert), count in counts_of(view).items():
+            by_layer[layer] += count - after.get((layer, expert), 0)
+        if min(by_layer.values(), default=0) >= num_tokens:
             return view
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the experts counted {dict(by_layer)} tokens by layer, not {num_tokens}")
         time.sleep(0.1)
 
 
-def print_load(view: admin_pb2.GetViewResponse) -> None:
-    tokens = {(load.layer, load.expert): load.tokens for load in view.load}
-    for shard in view.shards:
-        slots = [(slot.layer, slot.expert) for slot in shard.slots]
-        total = sum(tokens.get(slot, 0) for slot in slots)
-        print(f"{shard.member.id} (pid {shard.member.pid}): {total} tokens")
-        for layer in sorted({layer for layer, _ in slots}):
-            experts = [f"expert {slot[1]}: {tokens.get(slot, 0)}" for slot in slots if slot[0] == layer]
-            print(f"    layer {layer}   {', '.join(experts)}")
+def counts_of(view: admin_pb2.GetViewResponse) -> dict[tuple[int, int], int]:
+    return {(load.layer, load.expert): load.tokens for load in view.load}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,19 @@ READY_TIMEOUT_S = 120.0
 GONE_TIMEOUT_S = 30.0
 
 
+def living(mark: str) -> dict[int, str]:
+    """Pid and command line of every living process that carries the mark in its environment."""
+    wanted = f"{MARK}={mark}".encode()
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # ended, or a zombie, or another user's
+    return found
+
+
 class ServeProcess:
     """Every process it starts, however far down, inherits a mark in its environment."""
 
@@ -60,16 +73,7 @@ class ServeProcess:
         return stdout
 
     def living(self) -> dict[int, str]:
-        """Pid and command line of every living process that carries the mark."""
-        wanted = f"{MARK}={self.mark}".encode()
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue  # ended, or a zombie, or another user's
-        return found
+        return living(self.mark)
 
     def wait_until_gone(self) -> None:
         wait_until(lambda: not self.living(), f"all processes of {self.process.args!r} gone", GONE_TIMEOUT_S)

@@ -22,7 +22,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray import serve
 from serve_process import ServeProcess
 
-from cluster import demo
 from cluster.client import ArrieroClient
 from cluster.client_types import ArrieroError, RetryPolicy, Sampling
 
@@ -186,18 +185,6 @@ def test_on_a_cluster_that_is_there_it_takes_down_only_what_is_its_own(
     assert "guest" not in serve.status().applications
     with urllib.request.urlopen(f"http://{cluster.http_address}/-/healthz", timeout=10) as response:
         assert response.status == 200, "Serve goes on"
-
-
-def test_the_demo_shows_answers_and_what_each_expert_served(
-    service: ServeProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(service.state_home))
-    demo.show(service.address)
-    text = capsys.readouterr().out
-    assert text.count("tokens/s") == len(demo.PROMPTS) + 1
-    assert re.search(r"512 tokens, \d+ tokens/s in all", text)
-    assert re.search(r"^shard-1-\w+ \(pid \d+\): \d+ tokens$", text, re.MULTILINE)
-    assert re.search(r"^    layer 7   expert \d: \d+, expert \d: \d+", text, re.MULTILINE)
 
 
 def test_ctrl_c_in_the_middle_of_a_stream_ends_everything(service: ServeProcess) -> None:
