@@ -1,6 +1,7 @@
 # Every target does its own set-up: a machine with python3 (3.11 or newer), make and git is enough.
 #
 #   make demo    a small service on this machine: make a checkpoint, serve it, stream answers
+#   make demo-model  train the demo model anew into build/demo-model (about an hour on two cores)
 #   make test    lint and all tests
 #   make venv    only the virtual environment .venv
 #   make lint    ruff, mypy, import-linter, and whether the generated stubs are up to date
@@ -17,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest venv lint format proto proto-check clean
+.PHONY: help demo demo-model test pytest venv lint format proto proto-check clean
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -27,6 +28,9 @@ help:
 
 demo: venv
 	$(BIN)/python -m cluster.demo
+
+demo-model: venv
+	$(BIN)/python scripts/train_demo/train.py --out build/demo-model
 
 test: lint pytest
 

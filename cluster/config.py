@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cluster.checkpoints.demo_model import demo_checkpoint
 from experts.logs import LogSettings
 
 APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -29,7 +30,10 @@ class ServiceConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
-    model: str = Field(min_length=1, description="Checkpoint folder, or the id of a model on the Hugging Face hub.")
+    model: str = Field(
+        default_factory=lambda: str(demo_checkpoint()), min_length=1, description="Checkpoint folder, or the id of a "
+        "model on the Hugging Face hub. Default: the demo model that comes with Arriero.",
+    )  # fmt: skip
     chat_template: str | None = Field(
         None, min_length=1, description="Jinja file that renders chats, at the same path on every node. Default: Llama "
         "4's own format, not the checkpoint's template.",
@@ -149,7 +153,7 @@ class ServiceConfig(BaseModel):
 
 
 def parse_config(values: Mapping[str, Any]) -> ServiceConfig:
-    """Raises ConfigError naming every key that is unknown, missing or wrong."""
+    """Raises ConfigError naming every key that is unknown or wrong."""
     try:
         return ServiceConfig(**values)
     except ValidationError as error:
@@ -161,8 +165,6 @@ def _sentence(detail: Any) -> str:
     match detail["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key"
-        case "missing":
-            return f"{key}: required"
         case "value_error":
             reason = str(detail["ctx"]["error"])
             return f"{key}: {reason}" if key else reason

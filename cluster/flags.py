@@ -30,8 +30,6 @@ def config_from_flags(arguments: argparse.Namespace) -> ServiceConfig:
     """The keys of --config, overridden by the flags that were given. Raises ConfigError, OSError."""
     values = {} if arguments.config is None else _read(arguments.config)
     given = {name: value for name, value in vars(arguments).items() if name in ServiceConfig.model_fields}
-    if "model" not in values | given:
-        raise ConfigError("model: required: give --model DIR, or a key `model` in --config FILE")
     return parse_config(values | given)
 
 
@@ -59,4 +57,4 @@ def _value_type(name: str, field: FieldInfo) -> tuple[type, str]:
 
 def _help(field: FieldInfo) -> str:
     text = (field.description or "").replace("%", "%%")
-    return text if field.default is None or field.is_required() else f"{text} Default: {field.default}."
+    return text if field.default is None or field.default_factory is not None else f"{text} Default: {field.default}."

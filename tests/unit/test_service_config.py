@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.checkpoints.demo_model import demo_checkpoint
 from cluster.config import ConfigError, ServiceConfig, parse_config, read_config_file
 
 
@@ -15,9 +16,9 @@ def test_unknown_keys_are_errors_that_name_them() -> None:
         parse_config({"model": "m", "shard": 3, "routres": 1})
 
 
-def test_a_missing_model_is_named() -> None:
-    with pytest.raises(ConfigError, match="model: required"):
-        parse_config({})
+def test_without_a_model_it_is_the_demo_model() -> None:
+    assert parse_config({}).model == str(demo_checkpoint())
+    assert parse_config({"model": "m"}).model == "m"
 
 
 @pytest.mark.parametrize(
