@@ -3,7 +3,7 @@
     sort: kzabq                     abkqz
     reverse: llama                  amall
     add: 37+58                      95
-    recall: q=7 d=2 x=9 ... ? d     d=2
+    recall: q7, d2, x9 ... ? d      d2
 
 Whether a prompt is held out follows from the prompt alone (is_held_out), so no prompt can be in both splits.
 """
@@ -60,7 +60,7 @@ def recall_sample(rng: random.Random, *, num_pairs: int, num_asked: int) -> Samp
 
 
 def _pairs(value_of: Mapping[str, int], keys: Iterable[str]) -> str:
-    return " ".join(f"{key}={value_of[key]}" for key in keys)
+    return ", ".join(f"{key}{value_of[key]}" for key in keys)
 
 
 TASKS: Mapping[str, Callable[[random.Random], Sample]] = {

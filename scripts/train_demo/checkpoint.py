@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": PAD_TOKEN_ID,
     "rms_norm_eps": 1e-05,
     "rope_scaling": None,
-    "rope_theta": 1000.0,
+    "rope_theta": 100.0,
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
     "use_qk_norm": True,

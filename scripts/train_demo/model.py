@@ -19,7 +19,11 @@ from cluster.checkpoints.random_weights import Role, Weight, plan_weights
 
 
 def initial_state(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """Every tensor under its published name, scaled by its fan-in; the residual writes are kept small together."""
+    """Every tensor under its published name, scaled by its fan-in; the residual writes are kept small together.
+
+    All embeddings have a direction in common. Llama 4 has no biases, and its local layers normalise queries and keys:
+    without such a direction no head can look at "the token before" whatever that token is.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_writes = 2 * config["num_hidden_layers"]
 
@@ -32,6 +36,8 @@ def initial_state(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
     for weight in plan_weights(config):
         shape = weight.spec.shape
         drawn = torch.ones(shape) if weight.role is Role.NORM else torch.randn(shape, generator=generator) * std(weight)
+        if weight.role is Role.EMBEDDING:
+            drawn += torch.randn(shape[-1], generator=generator) * std(weight)
         state[weight.spec.name] = drawn.requires_grad_()
     return state
 

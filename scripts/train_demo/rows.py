@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from string import ascii_lowercase, digits
 
 import torch
 from torch import Tensor
@@ -11,23 +13,44 @@ from torch import Tensor
 from cluster.checkpoints.byte_tokenizer import BOS_TOKEN_ID, PAD_TOKEN_ID, SPECIAL_TOKENS
 from cluster.checkpoints.demo_tasks import MAX_PAIRS, MIN_PAIRS, TASKS, Sample, is_held_out, recall_sample
 
-# Share of the turns. Those of recall are three times as long.
-SHARES = {"sort": 0.2, "reverse": 0.25, "add": 0.3, "recall": 0.25}
-SHORTEST_LIST = 2
+# Share of the turns.
+SHARES = {"sort": 0.2, "reverse": 0.15, "add": 0.3, "recall": 0.35}
+# Of the rows, until the lists have grown: one random string over and over. It teaches to look up what followed a
+# character the last time, which recall is made of and would be long in finding.
+ECHO_SHARE = 0.4
+SHORTEST_ECHO, LONGEST_ECHO = 6, 40
+SHORTEST_LIST = 3
 # Several keys of one list teach more than one. The task itself asks for one.
 MOST_ASKED = 4
+# A pair that comes again can be learned where it stands: by far the most to learn from one list. The task itself
+# repeats none.
+REPEATING_SHARE = 0.6
+MOST_REPEATS = 16
 PATIENCE = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Question and answer as tokens; is_learned is 1 where the model should have predicted the token."""
+
+    token_ids: list[int]
+    is_learned: list[int]
+
+
+def turn_of(sample: Sample, learned: Collection[int] = ()) -> Turn:
+    """The answer and its end are learned, and the prompt's bytes at the indices ``learned``."""
+    end = SPECIAL_TOKENS["<|eot|>"]
+    prompt, answer = sample.prompt.encode(), [*sample.answer.encode(), end]
+    before, after = header("user"), [end, *header("assistant")]
+    in_prompt = [int(index in learned) for index in range(len(prompt))]
+    return Turn(
+        token_ids=[*before, *prompt, *after, *answer],
+        is_learned=[0] * len(before) + in_prompt + [0] * len(after) + [1] * len(answer),
+    )
 
 
 def header(role: str) -> list[int]:
     return [SPECIAL_TOKENS["<|header_start|>"], *role.encode(), SPECIAL_TOKENS["<|header_end|>"], *b"\n\n"]
-
-
-def turn(sample: Sample) -> tuple[list[int], list[int]]:
-    """The tokens up to the answer, and the answer with its end token."""
-    end = SPECIAL_TOKENS["<|eot|>"]
-    question = [*header("user"), *sample.prompt.encode(), end, *header("assistant")]
-    return question, [*sample.answer.encode(), end]
 
 
 class Rows:
@@ -37,30 +60,43 @@ class Rows:
         self._rng = random.Random(seed)
 
     def batch(self, num_rows: int, length: int, difficulty: float) -> tuple[Tensor, Tensor]:
-        """Token ids [num_rows, length], and 1 where a token is one of an answer."""
-        rows = [self._row(length, difficulty) for _ in range(num_rows)]
+        """Token ids [num_rows, length], and 1 where a token is to be learned."""
+        rows = []
+        for _ in range(num_rows):
+            is_echo = self._rng.random() < ECHO_SHARE * (1 - difficulty)
+            rows.append([self._echo(length)] if is_echo else self._row(length, difficulty))
         return as_batch(rows, length)
 
-    def _row(self, length: int, difficulty: float) -> list[Sample]:
+    def _echo(self, length: int) -> Turn:
+        """To the end of the row; learned from the second time on, where one character tells the next."""
+        period = self._rng.randint(SHORTEST_ECHO, LONGEST_ECHO)
+        text = "".join(self._rng.choices(ascii_lowercase + digits, k=period))
+        room = length - len(turn_of(Sample(task="echo", prompt="", answer="")).token_ids) - 1
+        prompt = (text * (room // period + 1))[:room]
+        return turn_of(Sample(task="echo", prompt=prompt, answer=""), learned=range(period + 1, room))
+
+    def _row(self, length: int, difficulty: float) -> list[Turn]:
         """Turns until PATIENCE of them in a row did not fit."""
-        samples: list[Sample] = []
+        turns: list[Turn] = []
         room, num_misfits = length - 1, 0
         while num_misfits < PATIENCE:
-            sample = self._sample(difficulty)
-            num_tokens = sum(map(len, turn(sample)))
-            if num_tokens <= room:
-                samples.append(sample)
-                room, num_misfits = room - num_tokens, 0
+            turn = self._turn(difficulty)
+            if len(turn.token_ids) <= room:
+                turns.append(turn)
+                room, num_misfits = room - len(turn.token_ids), 0
             else:
                 num_misfits += 1
-        return samples
+        return turns
 
-    def _sample(self, difficulty: float) -> Sample:
+    def _turn(self, difficulty: float) -> Turn:
         (task,) = self._rng.choices(list(SHARES), list(SHARES.values()))
         while True:
             sample = self._recall(difficulty) if task == "recall" else TASKS[task](self._rng)
-            if not is_held_out(sample.prompt):
-                return sample
+            if is_held_out(sample.prompt):
+                continue
+            if task == "recall" and self._rng.random() < REPEATING_SHARE:
+                return self._with_repeats(sample)
+            return turn_of(sample)
 
     def _recall(self, difficulty: float) -> Sample:
         longest = round(SHORTEST_LIST + difficulty * (MAX_PAIRS - SHORTEST_LIST))
@@ -69,17 +105,30 @@ class Rows:
         num_asked = self._rng.randint(1, min(MOST_ASKED, num_pairs))
         return recall_sample(self._rng, num_pairs=num_pairs, num_asked=num_asked)
 
+    def _with_repeats(self, sample: Sample) -> Turn:
+        """The same question with pairs of the list put in again, anywhere behind their first place."""
+        pairs_text, question = sample.prompt.removeprefix("recall: ").split(" ?")
+        pairs = pairs_text.split(", ")
+        for _ in range(self._rng.randint(1, min(MOST_REPEATS, 2 * len(pairs)))):
+            place = self._rng.randint(1, len(pairs))
+            pairs.insert(place, self._rng.choice(pairs[:place]))
+        repeated = [index for index, pair in enumerate(pairs) if pair in pairs[:index]]
+        first_value = len("recall: a")
+        return turn_of(
+            Sample(task=sample.task, prompt=f"recall: {', '.join(pairs)} ?{question}", answer=sample.answer),
+            learned={first_value + index * len("a7, ") for index in repeated},
+        )
 
-def as_batch(rows: Sequence[Sequence[Sample]], length: int) -> tuple[Tensor, Tensor]:
+
+def as_batch(rows: Sequence[Sequence[Turn]], length: int) -> tuple[Tensor, Tensor]:
     """One row per conversation, padded at the end."""
-    ids, is_answer = [], []
-    for samples in rows:
+    ids, is_learned = [], []
+    for turns in rows:
         row, marks = [BOS_TOKEN_ID], [0]
-        for sample in samples:
-            question, answer = turn(sample)
-            row += question + answer
-            marks += [0] * len(question) + [1] * len(answer)
+        for turn in turns:
+            row += turn.token_ids
+            marks += turn.is_learned
         padding = length - len(row)
         ids.append(row + [PAD_TOKEN_ID] * padding)
-        is_answer.append(marks + [0] * padding)
-    return torch.tensor(ids), torch.tensor(is_answer)
+        is_learned.append(marks + [0] * padding)
+    return torch.tensor(ids), torch.tensor(is_learned)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from checkpoint import CONFIG, rounded, write_checkpoint
 from model import Balance, TrainingModel, initial_state
-from rows import Rows, as_batch
+from rows import Rows, as_batch, turn_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -25,8 +25,8 @@ PEAK_RATE = 2e-3
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.05
 BALANCE_WEIGHT = 0.01
-# The lists of recall have their full length after this share of the steps.
-CURRICULUM_SHARE = 0.5
+# The lists of recall grow between these shares of the steps.
+GROWTH = (0.1, 0.5)
 EVALUATED, EVALUATED_LENGTH = 200, 144
 LOG_STEPS, SAVE_STEPS = 50, 250
 NUM_THREADS = 2
@@ -56,6 +56,12 @@ def learning_rate(step: int, num_steps: int) -> float:
     return PEAK_RATE * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (num_steps - WARMUP_STEPS))) / 2
 
 
+def difficulty(done: float) -> float:
+    """From 0 to 1, by the share of the steps that are done."""
+    start, end = GROWTH
+    return min(1.0, max(0.0, (done - start) / (end - start)))
+
+
 def make_optimizer(state: dict[str, Tensor]) -> torch.optim.Optimizer:
     matrices = [tensor for name, tensor in state.items() if tensor.dim() > 1 and "embed" not in name]
     others = [tensor for name, tensor in state.items() if tensor.dim() == 1 or "embed" in name]
@@ -63,10 +69,10 @@ def make_optimizer(state: dict[str, Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
-def loss_of(model: TrainingModel, ids_BT: Tensor, is_answer_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the answers' tokens, and the balance of the experts' work."""
+def loss_of(model: TrainingModel, ids_BT: Tensor, is_learned_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the tokens to be learned, and the balance of the experts' work."""
     balance = Balance(total=torch.zeros(()))
-    targets_N = is_answer_BT.flatten().nonzero()[:, 0]
+    targets_N = is_learned_BT.flatten().nonzero()[:, 0]
     logits = model.logits(ids_BT, targets_N - 1, balance)
     return cross_entropy(logits, ids_BT.flatten()[targets_N]), balance.mean
 
@@ -74,9 +80,9 @@ def loss_of(model: TrainingModel, ids_BT: Tensor, is_answer_BT: Tensor) -> tuple
 @torch.no_grad()
 def accuracy(model: TrainingModel, task: str, seed: int = 0) -> float:
     """Share of held-out prompts, each alone, whose whole answer is right: all its tokens are the most likely ones."""
-    samples = [[sample] for sample in held_out_samples(task, EVALUATED, seed)]
-    ids_BT, is_answer_BT = as_batch(samples, EVALUATED_LENGTH)
-    targets_N = is_answer_BT.flatten().nonzero()[:, 0]
+    samples = [[turn_of(sample)] for sample in held_out_samples(task, EVALUATED, seed)]
+    ids_BT, is_learned_BT = as_batch(samples, EVALUATED_LENGTH)
+    targets_N = is_learned_BT.flatten().nonzero()[:, 0]
     right_N = model.logits(ids_BT, targets_N - 1).argmax(-1) == ids_BT.flatten()[targets_N]
     wrong_B = torch.zeros(len(samples)).index_add_(0, targets_N // ids_BT.shape[1], (~right_N).float())
     return (wrong_B == 0).float().mean().item()
@@ -91,16 +97,16 @@ class Learner:
         self._threads = ThreadPoolExecutor(num_threads)
         self._num_parts = num_threads
 
-    def set_gradients(self, ids_BT: Tensor, is_answer_BT: Tensor) -> tuple[float, float]:
+    def set_gradients(self, ids_BT: Tensor, is_learned_BT: Tensor) -> tuple[float, float]:
         """Of the mean over the parts. Returns loss and balance."""
-        parts = zip(ids_BT.chunk(self._num_parts), is_answer_BT.chunk(self._num_parts), strict=True)
+        parts = zip(ids_BT.chunk(self._num_parts), is_learned_BT.chunk(self._num_parts), strict=True)
         done = list(self._threads.map(lambda part: self._gradients(*part), parts))
         for parameter, *gradients in zip(self._parameters, *(gradients for _, _, gradients in done), strict=True):
             parameter.grad = sum(gradients) / self._num_parts
         return sum(loss for loss, _, _ in done) / self._num_parts, sum(each for _, each, _ in done) / self._num_parts
 
-    def _gradients(self, ids_BT: Tensor, is_answer_BT: Tensor) -> tuple[float, float, tuple[Tensor, ...]]:
-        loss, balance = loss_of(self._model, ids_BT, is_answer_BT)
+    def _gradients(self, ids_BT: Tensor, is_learned_BT: Tensor) -> tuple[float, float, tuple[Tensor, ...]]:
+        loss, balance = loss_of(self._model, ids_BT, is_learned_BT)
         gradients = torch.autograd.grad(loss + BALANCE_WEIGHT * balance, self._parameters)
         return loss.item(), balance.item(), gradients
 
@@ -113,7 +119,7 @@ def train(state: dict[str, Tensor], num_steps: int, seed: int, out: Path) -> Non
             group["lr"] = learning_rate(step, num_steps)
         done = step / num_steps
         stage = next(stage for stage in STAGES if done < stage.until)
-        batch = rows.batch(stage.num_rows, stage.length, difficulty=min(1.0, done / CURRICULUM_SHARE))
+        batch = rows.batch(stage.num_rows, stage.length, difficulty(done))
         loss, balance = learner.set_gradients(*batch)
         torch.nn.utils.clip_grad_norm_(state.values(), 1.0)
         optimizer.step()
