@@ -14,17 +14,14 @@ from cluster.checkpoints.byte_tokenizer import BOS_TOKEN_ID, PAD_TOKEN_ID, SPECI
 from cluster.checkpoints.demo_tasks import MAX_PAIRS, MIN_PAIRS, TASKS, Sample, is_held_out, recall_sample
 
 # Share of the turns.
-SHARES = {"sort": 0.2, "reverse": 0.15, "add": 0.3, "recall": 0.35}
-# Of the rows, until the lists have grown: one random string over and over. It teaches to look up what followed a
-# character the last time, which recall is made of and would be long in finding.
-ECHO_SHARE = 0.4
+SHARES = {"sort": 0.3, "reverse": 0.15, "add": 0.35, "recall": 0.2}
 SHORTEST_ECHO, LONGEST_ECHO = 6, 40
 SHORTEST_LIST = 3
 # Several keys of one list teach more than one. The task itself asks for one.
 MOST_ASKED = 4
 # A pair that comes again can be learned where it stands: by far the most to learn from one list. The task itself
 # repeats none.
-REPEATING_SHARE = 0.6
+REPEATING_SHARE = 0.3
 MOST_REPEATS = 16
 PATIENCE = 3
 
@@ -53,18 +50,28 @@ def header(role: str) -> list[int]:
     return [SPECIAL_TOKENS["<|header_start|>"], *role.encode(), SPECIAL_TOKENS["<|header_end|>"], *b"\n\n"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """list_growth: from 0 to 1, how long the lists of recall are. echo_share: of the rows, those that are one random
+    string over and over. They teach to look up what followed a character the last time, which recall is made of and
+    would be long in finding."""
+
+    list_growth: float
+    echo_share: float
+
+
 class Rows:
-    """Batches drawn from one seed. ``difficulty`` from 0 to 1 sets how long the lists of recall are."""
+    """Batches drawn from one seed."""
 
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
 
-    def batch(self, num_rows: int, length: int, difficulty: float) -> tuple[Tensor, Tensor]:
+    def batch(self, num_rows: int, length: int, mix: Mix) -> tuple[Tensor, Tensor]:
         """Token ids [num_rows, length], and 1 where a token is to be learned."""
         rows = []
         for _ in range(num_rows):
-            is_echo = self._rng.random() < ECHO_SHARE * (1 - difficulty)
-            rows.append([self._echo(length)] if is_echo else self._row(length, difficulty))
+            is_echo = self._rng.random() < mix.echo_share
+            rows.append([self._echo(length)] if is_echo else self._row(length, mix.list_growth))
         return as_batch(rows, length)
 
     def _echo(self, length: int) -> Turn:
@@ -75,12 +82,12 @@ class Rows:
         prompt = (text * (room // period + 1))[:room]
         return turn_of(Sample(task="echo", prompt=prompt, answer=""), learned=range(period + 1, room))
 
-    def _row(self, length: int, difficulty: float) -> list[Turn]:
+    def _row(self, length: int, list_growth: float) -> list[Turn]:
         """Turns until PATIENCE of them in a row did not fit."""
         turns: list[Turn] = []
         room, num_misfits = length - 1, 0
         while num_misfits < PATIENCE:
-            turn = self._turn(difficulty)
+            turn = self._turn(list_growth)
             if len(turn.token_ids) <= room:
                 turns.append(turn)
                 room, num_misfits = room - len(turn.token_ids), 0
@@ -88,19 +95,19 @@ class Rows:
                 num_misfits += 1
         return turns
 
-    def _turn(self, difficulty: float) -> Turn:
+    def _turn(self, list_growth: float) -> Turn:
         (task,) = self._rng.choices(list(SHARES), list(SHARES.values()))
         while True:
-            sample = self._recall(difficulty) if task == "recall" else TASKS[task](self._rng)
+            sample = self._recall(list_growth) if task == "recall" else TASKS[task](self._rng)
             if is_held_out(sample.prompt):
                 continue
             if task == "recall" and self._rng.random() < REPEATING_SHARE:
                 return self._with_repeats(sample)
             return turn_of(sample)
 
-    def _recall(self, difficulty: float) -> Sample:
-        longest = round(SHORTEST_LIST + difficulty * (MAX_PAIRS - SHORTEST_LIST))
-        shortest = round(SHORTEST_LIST + difficulty * (MIN_PAIRS - SHORTEST_LIST))
+    def _recall(self, list_growth: float) -> Sample:
+        longest = round(SHORTEST_LIST + list_growth * (MAX_PAIRS - SHORTEST_LIST))
+        shortest = round(SHORTEST_LIST + list_growth * (MIN_PAIRS - SHORTEST_LIST))
         num_pairs = self._rng.randint(shortest, longest)
         num_asked = self._rng.randint(1, min(MOST_ASKED, num_pairs))
         return recall_sample(self._rng, num_pairs=num_pairs, num_asked=num_asked)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from checkpoint import CONFIG, rounded, write_checkpoint
 from model import Balance, TrainingModel, initial_state
-from rows import Rows, as_batch, turn_of
+from rows import Mix, Rows, as_batch, turn_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -23,10 +23,12 @@ from cluster.checkpoints.demo_tasks import TASKS, held_out_samples
 
 PEAK_RATE = 2e-3
 WARMUP_STEPS = 100
+ECHO_SHARE = 0.4
 WEIGHT_DECAY = 0.05
 BALANCE_WEIGHT = 0.01
-# The lists of recall grow between these shares of the steps.
-GROWTH = (0.1, 0.5)
+# Between these shares of the steps the lists of recall grow, and echoes fade.
+GROWTH = (0.08, 0.35)
+FADING = (0.0, 0.2)
 EVALUATED, EVALUATED_LENGTH = 200, 144
 LOG_STEPS, SAVE_STEPS = 50, 250
 NUM_THREADS = 2
@@ -43,8 +45,8 @@ class Stage:
 
 # Short conversations first: they are cheap, and most of their turns are the first.
 STAGES = (
-    Stage(until=0.3, num_rows=24, length=96),
-    Stage(until=0.7, num_rows=16, length=192),
+    Stage(until=0.35, num_rows=24, length=96),
+    Stage(until=0.85, num_rows=16, length=192),
     Stage(until=1.0, num_rows=12, length=384),
 )
 
@@ -56,9 +58,9 @@ def learning_rate(step: int, num_steps: int) -> float:
     return PEAK_RATE * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (num_steps - WARMUP_STEPS))) / 2
 
 
-def difficulty(done: float) -> float:
-    """From 0 to 1, by the share of the steps that are done."""
-    start, end = GROWTH
+def rise(done: float, span: tuple[float, float]) -> float:
+    """From 0 at the span's start to 1 at its end; done, as both of them, is a share of the steps."""
+    start, end = span
     return min(1.0, max(0.0, (done - start) / (end - start)))
 
 
@@ -119,7 +121,8 @@ def train(state: dict[str, Tensor], num_steps: int, seed: int, out: Path) -> Non
             group["lr"] = learning_rate(step, num_steps)
         done = step / num_steps
         stage = next(stage for stage in STAGES if done < stage.until)
-        batch = rows.batch(stage.num_rows, stage.length, difficulty(done))
+        mix = Mix(list_growth=rise(done, GROWTH), echo_share=ECHO_SHARE * (1 - rise(done, FADING)))
+        batch = rows.batch(stage.num_rows, stage.length, mix)
         loss, balance = learner.set_gradients(*batch)
         torch.nn.utils.clip_grad_norm_(state.values(), 1.0)
         optimizer.step()
@@ -140,7 +143,7 @@ def report(state: dict[str, Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder of the checkpoint.")
-    parser.add_argument("--steps", type=int, default=4000, help="Default: 4000.")
+    parser.add_argument("--steps", type=int, default=6000, help="Default: 6000.")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     # Parts of a batch run side by side; threads inside an operation would only wait for each other.
