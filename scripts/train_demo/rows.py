@@ -14,14 +14,14 @@ from cluster.checkpoints.byte_tokenizer import BOS_TOKEN_ID, PAD_TOKEN_ID, SPECI
 from cluster.checkpoints.demo_tasks import MAX_PAIRS, MIN_PAIRS, TASKS, Sample, is_held_out, recall_sample
 
 # Share of the turns.
-SHARES = {"sort": 0.3, "reverse": 0.15, "add": 0.35, "recall": 0.2}
+SHARES = {"sort": 0.25, "reverse": 0.15, "add": 0.35, "recall": 0.25}
 SHORTEST_ECHO, LONGEST_ECHO = 6, 40
 SHORTEST_LIST = 3
 # Several keys of one list teach more than one. The task itself asks for one.
 MOST_ASKED = 4
 # A pair that comes again can be learned where it stands: by far the most to learn from one list. The task itself
 # repeats none.
-REPEATING_SHARE = 0.3
+REPEATING_SHARE = 0.5
 MOST_REPEATS = 16
 PATIENCE = 3
 

@@ -27,8 +27,8 @@ ECHO_SHARE = 0.4
 WEIGHT_DECAY = 0.05
 BALANCE_WEIGHT = 0.01
 # Between these shares of the steps the lists of recall grow, and echoes fade.
-GROWTH = (0.08, 0.35)
-FADING = (0.0, 0.2)
+GROWTH = (0.1, 0.45)
+FADING = (0.05, 0.4)
 EVALUATED, EVALUATED_LENGTH = 200, 144
 LOG_STEPS, SAVE_STEPS = 50, 250
 NUM_THREADS = 2
@@ -43,9 +43,10 @@ class Stage:
     length: int
 
 
-# Short conversations first: they are cheap, and most of their turns are the first.
+# Short conversations first: they are cheap, and most of their turns are the first. Each stage must hold the lists of
+# its time.
 STAGES = (
-    Stage(until=0.35, num_rows=24, length=96),
+    Stage(until=0.25, num_rows=16, length=144),
     Stage(until=0.85, num_rows=16, length=192),
     Stage(until=1.0, num_rows=12, length=384),
 )
@@ -143,7 +144,7 @@ def report(state: dict[str, Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder of the checkpoint.")
-    parser.add_argument("--steps", type=int, default=6000, help="Default: 6000.")
+    parser.add_argument("--steps", type=int, default=5000, help="Default: 5000.")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     # Parts of a batch run side by side; threads inside an operation would only wait for each other.
