@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase, digits
 
@@ -13,15 +13,10 @@ from torch import Tensor
 from cluster.checkpoints.byte_tokenizer import BOS_TOKEN_ID, PAD_TOKEN_ID, SPECIAL_TOKENS
 from cluster.checkpoints.demo_tasks import MAX_PAIRS, MIN_PAIRS, TASKS, Sample, is_held_out, recall_sample
 
-# Share of the turns.
-SHARES = {"sort": 0.25, "reverse": 0.15, "add": 0.35, "recall": 0.25}
 SHORTEST_ECHO, LONGEST_ECHO = 6, 40
 SHORTEST_LIST = 3
 # Several keys of one list teach more than one. The task itself asks for one.
 MOST_ASKED = 4
-# A pair that comes again can be learned where it stands: by far the most to learn from one list. The task itself
-# repeats none.
-REPEATING_SHARE = 0.5
 MOST_REPEATS = 16
 PATIENCE = 3
 
@@ -54,10 +49,14 @@ def header(role: str) -> list[int]:
 class Mix:
     """list_growth: from 0 to 1, how long the lists of recall are. echo_share: of the rows, those that are one random
     string over and over. They teach to look up what followed a character the last time, which recall is made of and
-    would be long in finding."""
+    would be long in finding. shares: of the turns, by task. repeating_share: of the lists of recall, those in which a
+    pair comes again and can be learned where it stands: by far the most to learn from one list. The task itself repeats
+    none."""
 
     list_growth: float
     echo_share: float
+    shares: Mapping[str, float]
+    repeating_share: float
 
 
 class Rows:
@@ -71,7 +70,7 @@ class Rows:
         rows = []
         for _ in range(num_rows):
             is_echo = self._rng.random() < mix.echo_share
-            rows.append([self._echo(length)] if is_echo else self._row(length, mix.list_growth))
+            rows.append([self._echo(length)] if is_echo else self._row(length, mix))
         return as_batch(rows, length)
 
     def _echo(self, length: int) -> Turn:
@@ -82,12 +81,12 @@ class Rows:
         prompt = (text * (room // period + 1))[:room]
         return turn_of(Sample(task="echo", prompt=prompt, answer=""), learned=range(period + 1, room))
 
-    def _row(self, length: int, list_growth: float) -> list[Turn]:
+    def _row(self, length: int, mix: Mix) -> list[Turn]:
         """Turns until PATIENCE of them in a row did not fit."""
         turns: list[Turn] = []
         room, num_misfits = length - 1, 0
         while num_misfits < PATIENCE:
-            turn = self._turn(list_growth)
+            turn = self._turn(mix)
             if len(turn.token_ids) <= room:
                 turns.append(turn)
                 room, num_misfits = room - len(turn.token_ids), 0
@@ -95,13 +94,13 @@ class Rows:
                 num_misfits += 1
         return turns
 
-    def _turn(self, list_growth: float) -> Turn:
-        (task,) = self._rng.choices(list(SHARES), list(SHARES.values()))
+    def _turn(self, mix: Mix) -> Turn:
+        (task,) = self._rng.choices(list(mix.shares), list(mix.shares.values()))
         while True:
-            sample = self._recall(list_growth) if task == "recall" else TASKS[task](self._rng)
+            sample = self._recall(mix.list_growth) if task == "recall" else TASKS[task](self._rng)
             if is_held_out(sample.prompt):
                 continue
-            if task == "recall" and self._rng.random() < REPEATING_SHARE:
+            if task == "recall" and self._rng.random() < mix.repeating_share:
                 return self._with_repeats(sample)
             return turn_of(sample)
 

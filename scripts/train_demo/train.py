@@ -27,8 +27,12 @@ ECHO_SHARE = 0.4
 WEIGHT_DECAY = 0.05
 BALANCE_WEIGHT = 0.01
 # Between these shares of the steps the lists of recall grow, and echoes fade.
-GROWTH = (0.1, 0.45)
-FADING = (0.05, 0.4)
+GROWTH = (0.08, 0.4)
+# Recall comes first, for it is found late or never; sums take the longest from then on.
+RECALL_FIRST_UNTIL = 0.3
+EARLY_SHARES = {"sort": 0.2, "reverse": 0.15, "add": 0.3, "recall": 0.35}
+LATE_SHARES = {"sort": 0.28, "reverse": 0.1, "add": 0.4, "recall": 0.22}
+EARLY_REPEATING_SHARE, LATE_REPEATING_SHARE = 0.6, 0.3
 EVALUATED, EVALUATED_LENGTH = 200, 144
 LOG_STEPS, SAVE_STEPS = 50, 250
 NUM_THREADS = 2
@@ -46,8 +50,8 @@ class Stage:
 # Short conversations first: they are cheap, and most of their turns are the first. Each stage must hold the lists of
 # its time.
 STAGES = (
-    Stage(until=0.25, num_rows=16, length=144),
-    Stage(until=0.85, num_rows=16, length=192),
+    Stage(until=0.25, num_rows=24, length=96),
+    Stage(until=0.92, num_rows=16, length=192),
     Stage(until=1.0, num_rows=12, length=384),
 )
 
@@ -63,6 +67,18 @@ def rise(done: float, span: tuple[float, float]) -> float:
     """From 0 at the span's start to 1 at its end; done, as both of them, is a share of the steps."""
     start, end = span
     return min(1.0, max(0.0, (done - start) / (end - start)))
+
+
+def mix_at(done: float) -> Mix:
+    """What the rows are made of when this share of the steps is done."""
+    is_early = done < RECALL_FIRST_UNTIL
+    growth = rise(done, GROWTH)
+    return Mix(
+        list_growth=growth,
+        echo_share=ECHO_SHARE * (1 - growth),
+        shares=EARLY_SHARES if is_early else LATE_SHARES,
+        repeating_share=EARLY_REPEATING_SHARE if is_early else LATE_REPEATING_SHARE,
+    )
 
 
 def make_optimizer(state: dict[str, Tensor]) -> torch.optim.Optimizer:
@@ -122,8 +138,7 @@ def train(state: dict[str, Tensor], num_steps: int, seed: int, out: Path) -> Non
             group["lr"] = learning_rate(step, num_steps)
         done = step / num_steps
         stage = next(stage for stage in STAGES if done < stage.until)
-        mix = Mix(list_growth=rise(done, GROWTH), echo_share=ECHO_SHARE * (1 - rise(done, FADING)))
-        batch = rows.batch(stage.num_rows, stage.length, mix)
+        batch = rows.batch(stage.num_rows, stage.length, mix_at(done))
         loss, balance = learner.set_gradients(*batch)
         torch.nn.utils.clip_grad_norm_(state.values(), 1.0)
         optimizer.step()
@@ -144,7 +159,7 @@ def report(state: dict[str, Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder of the checkpoint.")
-    parser.add_argument("--steps", type=int, default=5000, help="Default: 5000.")
+    parser.add_argument("--steps", type=int, default=4800, help="Default: 4800.")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     # Parts of a batch run side by side; threads inside an operation would only wait for each other.
