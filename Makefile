@@ -2,6 +2,7 @@
 #
 #   make demo    a small service on this machine: make a checkpoint, serve it, stream answers
 #   make test    lint and all tests
+#   make bench   decode and prefill beside transformers, into tests/bench/results
 #   make venv    only the virtual environment .venv
 #   make lint    ruff, mypy, import-linter, and whether the generated stubs are up to date
 #   make format  let ruff correct and format the code
@@ -17,7 +18,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest venv lint format proto proto-check clean
+.PHONY: help demo bench test pytest venv lint format proto proto-check clean
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -27,6 +28,9 @@ help:
 
 demo: venv
 	$(BIN)/python -m cluster.demo
+
+bench: venv
+	$(BIN)/arriero bench engine --peers transformers --out tests/bench/results
 
 test: lint pytest
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": "serve a model over gRPC until Ctrl-C",
     "generate": "answer one prompt in this process, without a server",
     "checkpoint": "make checkpoints with random weights to try things on",
+    "bench": "measure the engine, the lanes or a running service",
     "status": "show the members, expert shards and load of a running service",
 }
 
@@ -43,6 +44,7 @@ def _run(argv: Sequence[str]) -> int:
     name = next((word for word in argv if word in COMMANDS), None)
     command = None if name is None else load_command(name)
     arguments = _parser(command, name).parse_args(argv)
+    arguments.command_line = argv
     assert command is not None, "argparse lets only known commands through"
     try:
         return command.run(arguments)
