@@ -3,6 +3,7 @@
 #   make demo    a small service on this machine: make a checkpoint, serve it, stream answers
 #   make demo-model  train the demo model anew into build/demo-model (about an hour on two cores)
 #   make test    lint and all tests
+#   make bench   decode and prefill beside transformers, into tests/bench/results
 #   make venv    only the virtual environment .venv
 #   make lint    ruff, mypy, import-linter, and whether the generated stubs are up to date
 #   make format  let ruff correct and format the code
@@ -18,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-model test pytest venv lint format proto proto-check clean
+.PHONY: help demo demo-model bench test pytest venv lint format proto proto-check clean
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -31,6 +32,9 @@ demo: venv
 
 demo-model: venv
 	$(BIN)/python scripts/train_demo/train.py --out build/demo-model
+
+bench: venv
+	$(BIN)/arriero bench engine --peers transformers --out tests/bench/results
 
 test: lint pytest
 

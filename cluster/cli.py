@@ -15,6 +15,7 @@ COMMANDS = {
     "checkpoint": "make checkpoints with random weights to try things on",
     "chat": "chat with a running service in the terminal",
     "scale": "change the number of expert shards of a running service",
+    "bench": "measure the engine, the lanes or a running service",
     "status": "show the members, expert shards and load of a running service",
 }
 
@@ -45,6 +46,7 @@ def _run(argv: Sequence[str]) -> int:
     name = next((word for word in argv if word in COMMANDS), None)
     command = None if name is None else load_command(name)
     arguments = _parser(command, name).parse_args(argv)
+    arguments.command_line = argv
     assert command is not None, "argparse lets only known commands through"
     try:
         return command.run(arguments)

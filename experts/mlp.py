@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from experts.linear import PackedLinear
+
+
+class Expert(Protocol):
+    """What a shard needs of an expert."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """[R, D] to the same shape, each row by itself."""
 
 
 class Mlp:

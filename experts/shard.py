@@ -13,7 +13,7 @@ import torch
 from experts.epoch import Epoch
 from experts.load import ExpertLoad
 from experts.message import Refusal
-from experts.mlp import Mlp
+from experts.mlp import Expert
 from experts.placement import ShardId, Slot
 
 
@@ -30,13 +30,13 @@ class Shard:
         self,
         *,
         shard_id: ShardId,
-        slots: Mapping[Slot, Mlp],
+        slots: Mapping[Slot, Expert],
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         weights_version: int = 0,
     ) -> None:
-        """Every Mlp maps [R, hidden_size] to the same shape in dtype on device."""
+        """Every expert maps [R, hidden_size] to the same shape in dtype on device."""
         self.shard_id = shard_id
         self.hidden_size = hidden_size
         self.dtype = dtype
@@ -60,9 +60,9 @@ class Shard:
 
     @property
     def num_bytes(self) -> int:
-        return sum(mlp.num_bytes for mlp in self._slots.values())
+        return sum(expert.num_bytes for expert in self._slots.values())
 
-    def serve_epoch(self, epoch: Epoch, loaded: Mapping[Slot, Mlp] | None = None) -> None:
+    def serve_epoch(self, epoch: Epoch, loaded: Mapping[Slot, Expert] | None = None) -> None:
         """Serves the epoch from now on, with these further slots. Idempotent.
 
         Raises ValueError if the number is below the newest served one, if MAX_EPOCHS others are served, or if the

@@ -1,0 +1,23 @@
+"""Experts that stand in for real ones where something else is measured: lanes alone, or shards that take as long as
+one likes. What they answer is no model's output.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class EchoExpert:
+    """Answers a row with itself, after service_s seconds of sleep: simulated, and nothing is computed."""
+
+    num_bytes = 0
+
+    def __init__(self, service_s: float = 0.0) -> None:
+        self._service_s = service_s
+
+    def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
+        if self._service_s:
+            time.sleep(self._service_s)
+        return x_RD
