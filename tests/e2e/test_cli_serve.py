@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(tiny_maverick: Path, folder: Path) -> Iterator[ServeProcess]:
     """Ready, with two shards. The last test of this file ends it."""
-    with ServeProcess("--model", str(tiny_maverick), "--shards", "2", folder=folder) as service:
+    flags = ["--model", str(tiny_maverick), "--shards", "2", "--log-format", "json"]
+    with ServeProcess(*flags, folder=folder) as service:
         expected = f"arriero ready grpc={service.address} http=127.0.0.1:{service.http_port}\n"
         assert service.ready_line() == expected, service.log.read_text()
         yield service
@@ -130,6 +131,20 @@ def test_the_admin_token_is_needed_and_private(service: ServeProcess) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert result.returncode == 1
     assert "UNAUTHENTICATED" in result.stderr
+
+
+def test_the_log_of_a_service_is_json_whoever_wrote_it(service: ServeProcess) -> None:
+    with ArrieroClient(service.address) as client:
+        list(client.generate("for the log", sampling=GREEDY, request_id="for/the log"))
+
+    def own_line() -> list[dict[str, object]]:
+        lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+        return [line for line in lines if line.get("request_id") == "for/the log"]
+
+    wait_until(own_line, "the request's line", timeout_s=30)
+    assert [(line["logger"], line["status"], line["output_tokens"]) for line in own_line()] == [
+        ("arriero.access", "OK", MAX_TOKENS)
+    ]
 
 
 def test_a_second_service_on_its_port_is_refused_at_once(service: ServeProcess, tiny_maverick: Path) -> None:
