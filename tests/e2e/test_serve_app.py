@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import openai
 import pytest
 import ray
 from conftest import Cluster, RunApp, Service, actor_names, group_names, wait_until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from http_calls import MODEL, openai_client
 from ray import serve
 
 from cluster.app import build
@@ -231,6 +233,21 @@ def test_a_shard_that_is_killed_is_seen_dead_and_its_experts_are_missed(run_app:
             degraded = list(client.generate(PROMPT, sampling=GREEDY, on_missing_expert="shared_only"))
         assert len(tokens(degraded)) == 24
         assert degraded[-1].degraded
+        check_openai_client_hears_of_missing_experts(service)
+
+
+def check_openai_client_hears_of_missing_experts(service: Service) -> None:
+    client = openai_client(service)
+    with pytest.raises(openai.InternalServerError) as failure:
+        client.completions.create(model=MODEL, prompt=PROMPT)
+    assert failure.value.status_code == 503
+    assert failure.value.code == "unavailable"
+    assert failure.value.response.headers["retry-after"] == "1"
+    extra = {"on_missing_expert": "shared_only"}
+    [choice] = client.completions.create(model=MODEL, prompt=PROMPT, extra_body=extra).choices
+    assert choice.degraded is True
+    *_, last = client.completions.create(model=MODEL, prompt=PROMPT, stream=True, extra_body=extra)
+    assert last.choices[0].degraded is True
 
 
 def test_a_controller_that_is_killed_comes_back_to_the_same_shards(run_app: RunApp) -> None:
