@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import openai
 import pytest
 from answers import Answer, Ask, ask
 from conftest import RunApp, Service, wait_until
 from engine_watch import EngineWatch, total
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from http_calls import MODEL, openai_client
 from refusals import BAD_SAMPLING, Refusal, refusals, text_request
 from tiny_models import prompt
 
@@ -205,6 +207,11 @@ def test_a_full_queue_refuses_and_then_takes_again(narrow: Service, good_answer:
         codes = [end.result() for end in ends if end.done()]
         assert set(codes) <= {"RESOURCE_EXHAUSTED", "OK"}
         assert codes.count("RESOURCE_EXHAUSTED") >= 4
+        if "OK" not in codes:
+            with pytest.raises(openai.RateLimitError) as failure:
+                openai_client(narrow).completions.create(model=MODEL, prompt="x")
+            assert failure.value.code == "queue_full"
+            assert failure.value.response.headers["retry-after"] == "1"
         for stream in streams:
             stream.close()
     EngineWatch(narrow).wait_until_idle()

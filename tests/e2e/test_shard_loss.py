@@ -8,10 +8,12 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import openai
 import pytest
 import ray
 from conftest import RunApp, Service, Tell, wait_until
 from crowd import WHOLE_S, Crowd
+from http_calls import MODEL, openai_client
 
 from cluster.client import ArrieroClient
 from cluster.client_types import ArrieroError, RetryPolicy, Sampling
@@ -122,6 +124,7 @@ def test_while_nobody_replaces_lost_shards_each_request_gets_what_its_policy_say
             pieces = list(client.generate([1, 2, 3], sampling=sampling, on_missing_expert="shared_only"))
             assert sum(len(piece.token_ids) for piece in pieces) == 24
             assert pieces[-1].degraded
+            check_openai_client_hears_of_missing_experts(service)
             with pytest.raises(ArrieroError, match=r"UNAVAILABLE.*could not be reached for 3 s: shard shard-"):
                 list(client.generate([1, 2, 3], sampling=sampling))
             os.kill(view["controller"]["pid"], signal.SIGCONT)
@@ -134,3 +137,18 @@ def test_while_nobody_replaces_lost_shards_each_request_gets_what_its_policy_say
             pieces = list(client.generate([1, 2, 3], sampling=sampling))
             assert sum(len(piece.token_ids) for piece in pieces) == 24
             assert not pieces[-1].degraded
+
+
+def check_openai_client_hears_of_missing_experts(service: Service) -> None:
+    client = openai_client(service)
+    extra = {"on_missing_expert": "fail"}
+    with pytest.raises(openai.InternalServerError) as failure:
+        client.completions.create(model=MODEL, prompt=[1, 2, 3], extra_body=extra)
+    assert failure.value.status_code == 503
+    assert failure.value.code == "unavailable"
+    assert failure.value.response.headers["retry-after"] == "1"
+    extra = {"on_missing_expert": "shared_only"}
+    [choice] = client.completions.create(model=MODEL, prompt=[1, 2, 3], extra_body=extra).choices
+    assert choice.degraded is True
+    *_, last = client.completions.create(model=MODEL, prompt=[1, 2, 3], stream=True, extra_body=extra)
+    assert last.choices[0].degraded is True

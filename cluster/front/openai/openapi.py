@@ -10,8 +10,10 @@ from pydantic.json_schema import models_json_schema
 
 from cluster.front.openai.api_error import RETRIED, ErrorBody
 from cluster.front.openai.operations import OPERATIONS, Operation
+from cluster.front.openai.payloads import Payload
 
-VERSION = "3.1.0"
+# The first with a word for streams.
+VERSION = "3.2.0"
 SCHEMAS = "#/components/schemas"
 INTERNAL = "An error of the service."
 DESCRIPTION = (
@@ -52,10 +54,19 @@ def _answer(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(operation.answer)}}
     description = "The answer."
     if operation.event is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-        event = operation.event.__name__
-        description = f"The answer; with stream, server-sent events, each with a {event} as its data, then [DONE]."
+        content["text/event-stream"] = {"itemSchema": _event(operation.event)}
+        description = "The answer; with stream, its messages as server-sent events, and [DONE]."
     return {"description": description, "content": content}
+
+
+def _event(message: type[Payload]) -> dict[str, Any]:
+    """An error in the middle of a stream is its last event."""
+    payload = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(message), _reference(ErrorBody)]},
+    }
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": [payload, {"const": "[DONE]"}]}}}
 
 
 def _error(status: int, reason: str) -> dict[str, Any]:
