@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -47,28 +49,39 @@ def route_rows(x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_scores_TK: to
             f"topk_ids {list(topk_ids_TK.shape)} and topk_scores {list(topk_scores_TK.shape)} must both be "
             f"[{num_tokens}, K]"
         )
-    experts_TK, k_order_TK = topk_ids_TK.sort(dim=1, stable=True)
-    scores_R = topk_scores_TK.gather(1, k_order_TK).reshape(-1).to(x_TD.dtype)
-    experts_R, copy_of_row_R = experts_TK.reshape(-1).sort(stable=True)
-    token_of_row_R = copy_of_row_R // max(topk_ids_TK.shape[1], 1)
-    row_of_copy_R = torch.empty_like(copy_of_row_R)
-    row_of_copy_R[copy_of_row_R] = torch.arange(copy_of_row_R.shape[0], device=copy_of_row_R.device)
+    # The index work is numpy's: on so few numbers a torch operation costs ten times as much. On a GPU this is the
+    # one host sync of a dispatch.
+    ids_R = topk_ids_TK.cpu().numpy().reshape(-1)
+    copy_of_row_R = ids_R.argsort(kind="stable")
+    row_of_copy_TK = np.empty_like(copy_of_row_R)
+    row_of_copy_TK[copy_of_row_R] = np.arange(len(ids_R))
+    row_of_copy_TK.shape = topk_ids_TK.shape
+    if topk_ids_TK.shape[1] > 1:
+        # Rows ascend with their experts: sorted, a token's rows are in expert order.
+        row_of_copy_TK.sort(axis=1)
+    scaled_RD = _scaled(x_TD, topk_scores_TK.to(x_TD.dtype))
     return RoutedRows(
-        x_RD=x_TD.index_select(0, token_of_row_R) * scores_R.index_select(0, copy_of_row_R).unsqueeze(1),
-        spans=_spans(experts_R),
-        row_of_copy_TK=row_of_copy_R.view(topk_ids_TK.shape),
+        x_RD=scaled_RD.index_select(0, torch.from_numpy(copy_of_row_R).to(x_TD.device)),
+        spans=_spans(ids_R[copy_of_row_R]),
+        row_of_copy_TK=torch.from_numpy(row_of_copy_TK).to(x_TD.device),
     )
 
 
-def _spans(experts_R: torch.Tensor) -> tuple[ExpertSpan, ...]:
-    experts, counts = torch.unique_consecutive(experts_R, return_counts=True)
-    spans: list[ExpertSpan] = []
-    start = 0
-    # One transfer for both: on a GPU each .tolist() is a host sync.
-    for expert, count in torch.stack([experts, counts]).T.tolist():
-        spans.append(ExpertSpan(expert, start, start + count))
-        start += count
-    return tuple(spans)
+def _scaled(x_TD: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
+    """Token by token, and each token's copies in the order of its experts: [T * K, D]."""
+    if scores_TK.shape[1] == 1:
+        return x_TD * scores_TK
+    return (x_TD.unsqueeze(1) * scores_TK.unsqueeze(2)).flatten(0, 1)
+
+
+def _spans(experts_R: npt.NDArray[np.int64]) -> tuple[ExpertSpan, ...]:
+    if not len(experts_R):
+        return ()
+    # The last row of every run but the last.
+    ends = (experts_R[1:] != experts_R[:-1]).nonzero()[0]
+    experts = [*experts_R[ends].tolist(), int(experts_R[-1])]
+    stops = [*(ends + 1).tolist(), len(experts_R)]
+    return tuple(map(ExpertSpan, experts, [0, *stops], stops))
 
 
 def combine_rows(y_RD: torch.Tensor, row_of_copy_TK: torch.Tensor) -> torch.Tensor:
@@ -78,11 +91,10 @@ def combine_rows(y_RD: torch.Tensor, row_of_copy_TK: torch.Tensor) -> torch.Tens
     at the end, which is how torch sums a bfloat16 axis; the bits depend neither on the order of the K axis nor on
     which shard answered.
     """
-    rows_TK = row_of_copy_TK.unbind(1)
-    if len(rows_TK) == 1:
-        return y_RD.index_select(0, rows_TK[0])
+    if row_of_copy_TK.shape[1] == 1:
+        return y_RD.index_select(0, row_of_copy_TK.view(-1))
     total_TD = torch.zeros(row_of_copy_TK.shape[0], y_RD.shape[1], dtype=torch.float32, device=y_RD.device)
-    for rows_T in rows_TK:
+    for rows_T in row_of_copy_TK.unbind(1):
         total_TD += y_RD.index_select(0, rows_T)
     return total_TD.to(y_RD.dtype)
 
