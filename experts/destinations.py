@@ -15,12 +15,12 @@ def choose_shards(copies: Mapping[int, Sequence[ShardId]], *, offset: int) -> di
     only costs. Experts without a choice are counted first; then each expert takes the copy whose shard has the
     fewest experts of this dispatch so far. offset turns ties, so that lanes prefer different copies.
     """
-    busy: Counter[ShardId] = Counter(shards[0] for shards in copies.values() if len(shards) == 1)
-    chosen: dict[int, ShardId] = {}
+    chosen = {expert: shards[0] for expert, shards in copies.items() if len(shards) == 1}
+    if len(chosen) == len(copies):
+        return chosen
+    busy = Counter(chosen.values())
     for expert, shards in copies.items():
-        if len(shards) == 1:
-            chosen[expert] = shards[0]
-        elif shards:
+        if len(shards) > 1:
             turn = (expert + offset) % len(shards)
             turned = (*shards[turn:], *shards[:turn])
             chosen[expert] = min(turned, key=lambda shard: busy[shard])

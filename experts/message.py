@@ -80,7 +80,7 @@ def request_header(identity: Identity, rows_per_expert: Sequence[tuple[int, int]
 
 
 def encode_request(identity: Identity, rows_per_expert: Sequence[tuple[int, int]]) -> bytes:
-    """Header and ``(expert, rows)`` pairs of a request, as ``encode_header`` and ``encode_rows_per_expert`` write them."""
+    """Header and ``(expert, rows)`` pairs of a request, in one piece."""
     num_rows = sum([rows for _expert, rows in rows_per_expert])
     header = _HEADER.pack(_MAGIC, Kind.REQUEST, 0, len(rows_per_expert), *identity, num_rows)
     return header + encode_rows_per_expert(rows_per_expert)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from statistics import quantiles
 
 import torch
@@ -24,6 +25,8 @@ from experts.lane import LaneDispatcher
 from experts.placement import ShardId, Slot, place
 from experts.server import ShardServer
 from experts.shard import Shard
+from experts.transport.select import connector
+from experts.transport.waiting import WaitPolicy
 
 SECRET = b"a secret of the measurement"
 LAYER = 1
@@ -39,39 +42,27 @@ class Negate:
         return -x_RD
 
 
-def be_a_shard(hidden_size: int, epoch_of: str, shard_id: str) -> None:
+def be_a_shard(hidden_size: int, epoch_of: str, shard_id: str, spin_us: str) -> None:
     torch.set_num_threads(1)
     slots = {Slot(LAYER, expert): Negate() for expert in json.loads(epoch_of)}
     shard = Shard(shard_id=ShardId(shard_id), slots=slots, hidden_size=hidden_size, dtype=DTYPE)  # type: ignore[arg-type]
-    server = ShardServer(shard, secret=SECRET)
+    server = ShardServer(shard, secret=SECRET, wait=WaitPolicy(spin_s=float(spin_us) / 1e6))
     server.start()
-    address = ShardAddress(shard_id=ShardId(shard_id), node_id="here", host=server.host, port=server.port)
-    print(json.dumps(Epoch.to_dict(_epoch([address], {}))["shards"][0]), flush=True)
+    print(json.dumps(asdict(server.address("here"))), flush=True)
     for line in sys.stdin:
         shard.serve_epoch(Epoch.from_dict(json.loads(line)))
         print("ok", flush=True)
 
 
-def _epoch(addresses: list[ShardAddress], slots_by_shard: dict[ShardId, tuple[Slot, ...]]) -> Epoch:
-    from experts.placement import ExpertPlacement
-
-    return Epoch(
-        number=1,
-        weights_version=0,
-        shards=tuple(addresses),
-        placement=ExpertPlacement(slots_by_shard=slots_by_shard),
-    )
-
-
 @contextmanager
-def shards(num_shards: int, num_experts: int, hidden_size: int) -> Iterator[Epoch]:
+def shards(num_shards: int, num_experts: int, hidden_size: int, spin_us: float) -> Iterator[Epoch]:
     ids = [ShardId(f"shard-{index}") for index in range(num_shards)]
     placement = place(moe_layers=[LAYER], num_experts=num_experts, shard_ids=ids)
     with ExitStack() as stack:
         processes = []
         for shard_id in ids:
             experts = json.dumps([slot.expert for slot in placement.slots_by_shard[shard_id]])
-            command = [sys.executable, __file__, "--be-a-shard", str(hidden_size), experts, shard_id]
+            command = [sys.executable, __file__, "--be-a-shard", str(hidden_size), experts, shard_id, str(spin_us)]
             process = stack.enter_context(
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
@@ -108,24 +99,39 @@ def main() -> None:
     parser.add_argument("--row-bytes", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--be-a-shard", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--spin-us", type=float, default=100)
+    parser.add_argument("--be-a-shard", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.be_a_shard:
         be_a_shard(int(args.be_a_shard[0]), *args.be_a_shard[1:])
         return
     torch.set_num_threads(1)
+    wait = WaitPolicy(spin_s=args.spin_us / 1e6)
     hidden_size, num_experts = args.row_bytes // DTYPE.itemsize, max(args.shards, 8)
-    with torch.inference_mode(), shards(args.shards, num_experts, hidden_size) as epoch:
+    with torch.inference_mode(), shards(args.shards, num_experts, hidden_size, args.spin_us) as epoch:
         lanes = {
-            name: LaneDispatcher(lane_id=name, epoch=epoch, secret=SECRET, timeout_s=30) for name in args.transport
+            name: LaneDispatcher(
+                lane_id=name, epoch=epoch, secret=SECRET, timeout_s=30, connect=connector(name), wait=wait
+            )
+            for name in args.transport
         }
         for first in range(args.rounds):
             for name, lane in lanes.items():
                 steps = range(first * args.steps, (first + 1) * args.steps)
                 taken_us = measure(lane, args.rows, num_experts, hidden_size, steps)
                 cuts = quantiles(taken_us, n=100)
-                print(json.dumps({"transport": name, "shards": args.shards, "rows": args.rows,
-                    "min_us": round(min(taken_us), 1), "p50_us": round(cuts[49], 1), "p99_us": round(cuts[98], 1)}))
+                print(
+                    json.dumps(
+                        {
+                            "transport": name,
+                            "shards": args.shards,
+                            "rows": args.rows,
+                            "min_us": round(min(taken_us), 1),
+                            "p50_us": round(cuts[49], 1),
+                            "p99_us": round(cuts[98], 1),
+                        }
+                    )
+                )
 
 
 if __name__ == "__main__":

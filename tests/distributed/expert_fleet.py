@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
@@ -59,7 +60,7 @@ class ThreadShard:
     def __init__(self, shard_id: ShardId, slots: Sequence[Slot], dtype: torch.dtype, limits: ServerLimits) -> None:
         self.shard = make_shard(shard_id, slots, dtype)
         self.server = ShardServer(self.shard, secret=SECRET, limits=limits)
-        self.port = self.server.port
+        self.address = self.server.address("here")
         self.server.start()
 
     def serve_epoch(self, epoch: Epoch) -> None:
@@ -78,7 +79,7 @@ class ProcessShard:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         description = {"shard_id": shard_id, "slots": slots, "dtype": str(dtype).removeprefix("torch.")}
-        self.port = int(self._ask(description))
+        self.address = ShardAddress(**json.loads(self._ask(description)))
 
     def serve_epoch(self, epoch: Epoch) -> None:
         assert self._ask(epoch.to_dict()) == str(epoch.number)
@@ -127,11 +128,8 @@ class Fleet:
         self.shards = {
             shard_id: hosting(shard_id, placement.slots_by_shard[shard_id], dtype, limits) for shard_id in ids
         }
-        addresses = [
-            ShardAddress(shard_id=shard_id, node_id="here", host="127.0.0.1", port=shard.port)
-            for shard_id, shard in self.shards.items()
-        ]
-        self.epoch = Epoch(number=7, weights_version=0, shards=tuple(addresses), placement=placement)
+        addresses = tuple(shard.address for shard in self.shards.values())
+        self.epoch = Epoch(number=7, weights_version=0, shards=addresses, placement=placement)
         for shard in self.shards.values():
             shard.serve_epoch(self.epoch)
         self.oracle = oracle(num_experts, dtype)
@@ -164,7 +162,7 @@ def _be_a_shard() -> None:
     shard = make_shard(description["shard_id"], slots, getattr(torch, description["dtype"]))
     server = ShardServer(shard, secret=SECRET)
     server.start()
-    print(server.port, flush=True)
+    print(json.dumps(asdict(server.address("here"))), flush=True)
     for line in sys.stdin:
         epoch = Epoch.from_dict(json.loads(line))
         shard.serve_epoch(epoch)

@@ -306,7 +306,7 @@ def test_drain_gives_up_on_a_router_that_does_not_read() -> None:
     with Fleet(num_shards=1) as fleet:
         shard = fleet.shards[ShardId("shard-0")]
         assert isinstance(shard, ThreadShard)
-        sock, number = open_lane(shard.port, secret=SECRET, shard_id="shard-0")
+        sock, number = open_lane(shard.address.port, secret=SECRET, shard_id="shard-0")
         with sock:
             sock.sendall(request(number, [(0, 60_000)])[1])
             wait_until(lambda: shard.server.stats().progress >= 235)
