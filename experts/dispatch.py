@@ -99,7 +99,7 @@ class LocalDispatcher:
         self, layer: int, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_scores_TK: torch.Tensor
     ) -> Handle:
         routed = route_rows(x_TD, topk_ids_TK, topk_scores_TK)
-        rows_per_expert = [(span.expert, span.stop - span.start) for span in routed.spans]
+        rows_per_expert = [(expert, stop - start) for expert, start, stop in routed.spans]
         y_RD = self._shard.apply(layer, routed.x_RD, rows_per_expert)
         return Handle(layer=layer, routed=routed, y_RD=y_RD)
 

@@ -11,40 +11,22 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
-from experts.destinations import choose_shards
+from experts.destinations import LayerDestinations, choose_shards
 from experts.dispatch import Combined, Handle, finish
 from experts.epoch import Epoch
-from experts.message import Identity
-from experts.placement import ShardId
-from experts.routed_rows import ExpertSpan, RoutedRows, route_rows
-from experts.transport.base import Connector, Link, LinkError, LinkRequest
+from experts.lane_request import LaneHandle, LaneRequest, make_handle, request_for_spans, requests_by_shard
+from experts.message import PAIR_BYTES, Identity, encode_request_header
+from experts.placement import ShardId, Slot
+from experts.routed_rows import route_rows
+from experts.transport.base import Connector, Link, LinkError
 from experts.transport.select import connect_auto
-from experts.transport.stream import byte_view
 from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, default_policy
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _LaneHandle(Handle):
-    """The same memory as routed.x_RD and y_RD, as the transports take it."""
-
-    rows: memoryview
-    results: memoryview
-    row_bytes: int
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Request(LinkRequest):
-    """deadline is of time.monotonic()."""
-
-    handle: _LaneHandle
-    spans: Sequence[ExpertSpan]
-    deadline: float
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -54,7 +36,8 @@ class _Peer:
 
     shard_id: ShardId
     link: Link
-    requests: list[_Request] = field(default_factory=list)
+    dtype: torch.dtype
+    requests: list[LaneRequest] = field(default_factory=list)
     moved_in: int = -1
 
 
@@ -86,13 +69,15 @@ class LaneDispatcher:
         self._copy_offset = zlib.crc32(lane_id.encode())
         self._step: int | None = None
         self._dispatches_of_layer: dict[int, int] = {}
+        self._shard_ids = tuple(epoch.placement.slots_by_shard)
         self._peers: dict[ShardId, _Peer] = {}
+        # By layer, filled as layers are asked for; void once a shard is lost.
+        self._destinations: dict[int, LayerDestinations] = {}
         self._poller = Poller(wait or default_policy())
         self._turn = 0
         for shard_id, slots in epoch.placement.slots_by_shard.items():
             if slots:
                 self._open(shard_id, lane_id, secret, connect)
-        self._live_copies = self._find_live_copies()
 
     @property
     def max_rows(self) -> int | None:
@@ -101,7 +86,7 @@ class LaneDispatcher:
 
     @property
     def transports(self) -> dict[ShardId, str]:
-        """How rows travel to each shard that lives."""
+        """By what rows travel to each shard that lives."""
         return {shard_id: peer.link.transport for shard_id, peer in self._peers.items()}
 
     def begin_step(self, step: int) -> None:
@@ -121,25 +106,27 @@ class LaneDispatcher:
     ) -> Handle:
         if self._step is None:
             raise ValueError("begin_step must name the step before the first dispatch")
-        routed = route_rows(x_TD, topk_ids_TK, topk_scores_TK)
+        destinations = self._destinations_of(layer)
+        try:
+            routed = route_rows(x_TD, topk_ids_TK, topk_scores_TK, destinations.order)
+        except IndexError:
+            raise self._not_placed(layer, int(topk_ids_TK.max())) from None
         if not routed.x_RD.is_cpu:
             # Transports send from host memory.
             routed = replace(routed, x_RD=routed.x_RD.to("cpu"))
-        self._check(layer, routed)
-        handle = self._make_handle(layer, routed, self._step)
-        self._send(handle, routed.spans)
+        micro_batch = self._dispatches_of_layer.get(layer, 0)
+        self._dispatches_of_layer[layer] = micro_batch + 1
+        handle = make_handle(layer, routed, step=self._step, micro_batch=micro_batch)
+        self._check(handle)
+        self._send(handle, destinations)
         # Answers are read while rows leave, else two large messages could wait for each other.
-        started_at = time.monotonic()
-        while self._is_sending():
-            self._pump(started_at)
+        self._pump(self._is_sending)
         return handle
 
     def combine(self, handle: Handle) -> Combined:
         if handle.abandoned:
             raise ValueError(f"handle of step {handle.step}, layer {handle.layer}: step {self._step} has begun")
-        started_at = time.monotonic()
-        while handle.num_pending:
-            self._pump(started_at)
+        self._pump(lambda: handle.num_pending > 0)
         return finish(handle)
 
     def close(self) -> None:
@@ -156,111 +143,120 @@ class LaneDispatcher:
         except LinkError as error:
             self.lost[shard_id] = f"shard {address}, no layer yet, {error}"
             return
-        peer = _Peer(shard_id=shard_id, link=link)
+        peer = _Peer(shard_id=shard_id, link=link, dtype=getattr(torch, link.terms.dtype))
         self._peers[shard_id] = peer
         self._poller.add(link, READ, partial(self._advance, peer))
 
-    def _find_live_copies(self) -> dict[tuple[int, int], tuple[ShardId, ...]]:
-        """Of every slot that the epoch places, (layer, expert): the shards that have it and live."""
-        placement = self._epoch.placement
-        return {slot: tuple(s for s in placement.shards_of(slot) if s in self._peers) for slot in placement.slots}
+    def _destinations_of(self, layer: int) -> LayerDestinations:
+        known = self._destinations.get(layer)
+        if known is None:
+            slots = [slot for slot in self._epoch.placement.slots if slot.layer == layer]
+            copies = {slot.expert: self._live_copies(slot) for slot in slots}
+            known = LayerDestinations(copies, self._shard_ids, offset=self._copy_offset)
+            self._destinations[layer] = known
+        return known
 
-    def _check(self, layer: int, routed: RoutedRows) -> None:
-        for span in routed.spans:
-            if (layer, span.expert) not in self._live_copies:
-                raise ValueError(f"expert {span.expert} of layer {layer} is not placed in epoch {self._epoch.number}")
-        num_rows, hidden_size = routed.x_RD.shape
+    def _live_copies(self, slot: Slot) -> list[ShardId]:
+        return [shard_id for shard_id in self._epoch.placement.shards_of(slot) if shard_id in self._peers]
+
+    def _not_placed(self, layer: int, expert: int) -> ValueError:
+        return ValueError(f"expert {expert} of layer {layer} is not placed in epoch {self._epoch.number}")
+
+    def _check(self, handle: LaneHandle) -> None:
+        """Raises ValueError for rows that the shards would not take."""
+        num_rows, hidden_size = handle.y_RD.shape
+        dtype = handle.y_RD.dtype
         for peer in self._peers.values():
             terms = peer.link.terms
-            if terms.hidden_size != hidden_size or getattr(torch, terms.dtype) is not routed.x_RD.dtype:
-                dtype = str(routed.x_RD.dtype).removeprefix("torch.")
+            if terms.hidden_size != hidden_size or peer.dtype is not dtype:
                 raise ValueError(
-                    f"rows are {hidden_size} x {dtype}, the shards have {terms.hidden_size} x {terms.dtype}"
+                    f"rows are {hidden_size} x {str(dtype).removeprefix('torch.')}, "
+                    f"the shards have {terms.hidden_size} x {terms.dtype}"
                 )
             if num_rows > terms.max_rows:
                 raise ValueError(f"{num_rows} rows at once, the shards take at most {terms.max_rows}")
 
-    def _make_handle(self, layer: int, routed: RoutedRows, step: int) -> _LaneHandle:
-        micro_batch = self._dispatches_of_layer.get(layer, 0)
-        self._dispatches_of_layer[layer] = micro_batch + 1
-        y_RD = torch.empty_like(routed.x_RD)
-        return _LaneHandle(
-            layer=layer,
-            routed=routed,
-            y_RD=y_RD,
-            step=step,
-            micro_batch=micro_batch,
-            rows=byte_view(routed.x_RD),
-            results=byte_view(y_RD),
-            row_bytes=y_RD.shape[1] * y_RD.dtype.itemsize,
-        )
+    def _send(self, handle: LaneHandle, destinations: LayerDestinations) -> None:
+        """Sends all rows, to each shard its run; those of which no copy lives are missing.
 
-    def _send(self, handle: _LaneHandle, spans: Sequence[ExpertSpan]) -> None:
-        """Sends each span to a live copy, under the handle's next attempt; without a live copy it is missing."""
-        copies = {span.expert: self._live_copies[handle.layer, span.expert] for span in spans}
-        chosen = choose_shards(copies, offset=self._copy_offset)
-        attempt = handle.num_attempts
-        handle.num_attempts += 1
-        by_shard: dict[ShardId, list[ExpertSpan]] = {}
-        for span in spans:
-            shard_id = chosen.get(span.expert)
-            if shard_id is None:
-                handle.missing.append(span)
-            elif shard_id in by_shard:
-                by_shard[shard_id].append(span)
+        Raises ValueError for an expert that is placed nowhere, before anything is sent.
+        """
+        requests = requests_by_shard(handle, destinations)
+        if requests and requests[-1][0] == destinations.unplaced:
+            raise self._not_placed(handle.layer, int(handle.routed.experts_S[-1]))
+        attempt = handle.next_attempt()
+        for shard, request in requests:
+            if shard == destinations.missing:
+                handle.missing.extend([handle.routed.spans[number] for number in request.span_numbers])
             else:
-                by_shard[shard_id] = [span]
-        for shard_id, shard_spans in by_shard.items():
-            self._submit(shard_id, handle, shard_spans, attempt)
+                self._submit(self._shard_ids[shard], request, attempt)
 
-    def _submit(self, shard_id: ShardId, handle: _LaneHandle, spans: Sequence[ExpertSpan], attempt: int) -> None:
+    def _send_again(self, handle: LaneHandle, span_numbers: Sequence[int]) -> None:
+        """Sends spans that a lost shard owed to other copies, under the handle's next attempt."""
+        spans = handle.routed.spans
+        experts = [spans[number].expert for number in span_numbers]
+        copies = {expert: self._live_copies(Slot(handle.layer, expert)) for expert in experts}
+        chosen = choose_shards(copies, offset=self._copy_offset)
+        attempt = handle.next_attempt()
+        by_shard: dict[ShardId, list[int]] = {}
+        for number in span_numbers:
+            shard_id = chosen.get(spans[number].expert)
+            if shard_id is None:
+                handle.missing.append(spans[number])
+            else:
+                by_shard.setdefault(shard_id, []).append(number)
+        for shard_id, numbers in by_shard.items():
+            self._submit(shard_id, request_for_spans(handle, numbers), attempt)
+
+    def _submit(self, shard_id: ShardId, request: LaneRequest, attempt: int) -> None:
+        handle = request.handle
         peer = self._peers.get(shard_id)
         if peer is None:
             # Lost since it was chosen, while a sibling request was being sent.
-            self._send(handle, spans)
+            self._send_again(handle, request.span_numbers)
             return
-        request = self._make_request(peer, handle, spans, attempt)
+        epoch = self._epoch
+        identity = Identity(
+            epoch.number,
+            epoch.weights_version,
+            peer.link.terms.lane,
+            handle.step,
+            handle.layer,
+            handle.micro_batch,
+            attempt,
+        )
+        num_slots = len(request.pairs) // PAIR_BYTES
+        request.header = encode_request_header(identity, num_slots=num_slots, num_rows=request.num_rows)
+        request.deadline = time.monotonic() + self._timeout_s
         peer.requests.append(request)
         handle.num_pending += 1
         try:
             peer.link.submit(request)
-            self._watch(peer)
         except LinkError as error:
             self._lose(peer, phase="send", why=str(error))
-
-    def _make_request(self, peer: _Peer, handle: _LaneHandle, spans: Sequence[ExpertSpan], attempt: int) -> _Request:
-        row_bytes = handle.row_bytes
-        cuts = [slice(start * row_bytes, stop * row_bytes) for _expert, start, stop in spans]
-        return _Request(
-            identity=Identity(
-                self._epoch.number,
-                self._epoch.weights_version,
-                peer.link.terms.lane,
-                handle.step,
-                handle.layer,
-                handle.micro_batch,
-                attempt,
-            ),
-            rows_per_expert=[(expert, stop - start) for expert, start, stop in spans],
-            rows=[handle.rows[cut] for cut in cuts],
-            results=[handle.results[cut] for cut in cuts],
-            handle=handle,
-            spans=spans,
-            deadline=time.monotonic() + self._timeout_s,
-        )
+            return
+        self._watch(peer)
 
     def _is_sending(self) -> bool:
-        return any(peer.link.sending and bool(peer.requests) for peer in self._peers.values())
+        return any(peer.link.sending for peer in self._peers.values() if peer.requests)
 
-    def _pump(self, started_at: float) -> None:
-        """One turn of moving bytes both ways. Some request must be under way; each has a deadline."""
-        self._turn += 1
-        deadline = min([peer.requests[0].deadline for peer in self._peers.values() if peer.requests])
-        for on_ready, events in self._poller.wait(max(0.0, deadline - time.monotonic())):
-            on_ready(events)
-        now = time.monotonic()
-        if now > deadline:
-            self._expire(now, started_at)
+    def _pump(self, is_needed: Callable[[], bool]) -> None:
+        """Moves bytes both ways as long as it is needed. Ends: every request under way has a deadline."""
+        if not is_needed():
+            return
+        started_at = time.monotonic()
+        deadline = self._next_deadline(started_at)
+        while is_needed():
+            self._turn += 1
+            for on_ready, events in self._poller.wait(max(0.0, deadline - time.monotonic())):
+                on_ready(events)
+            now = time.monotonic()
+            if now > deadline:
+                self._expire(now, started_at)
+                deadline = self._next_deadline(now)
+
+    def _next_deadline(self, now: float) -> float:
+        return min([peer.requests[0].deadline for peer in self._peers.values() if peer.requests], default=now)
 
     def _advance(self, peer: _Peer, events: int) -> None:
         if peer.shard_id not in self._peers:
@@ -271,7 +267,7 @@ class LaneDispatcher:
             peer.link.hear()
         refused = None
         for request in peer.link.advance():
-            assert isinstance(request, _Request)
+            assert isinstance(request, LaneRequest)
             if request.refusal is not None:
                 refused = request.refusal
             else:
@@ -303,7 +299,7 @@ class LaneDispatcher:
         """Masks the shard, keeps the reason, and sends what it owed elsewhere. Idempotent."""
         if self._peers.pop(peer.shard_id, None) is None:
             return
-        self._live_copies = self._find_live_copies()
+        self._destinations.clear()
         self._poller.remove(peer.link)
         peer.link.close()
         layers = sorted({request.handle.layer for request in peer.requests})
@@ -313,4 +309,4 @@ class LaneDispatcher:
         owed, peer.requests = peer.requests, []
         for request in owed:
             request.handle.num_pending -= 1
-            self._send(request.handle, request.spans)
+            self._send_again(request.handle, request.span_numbers)

@@ -17,6 +17,9 @@ from enum import IntEnum
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 _HEADER = struct.Struct("<4sBBHQQIQIHHI")
 _ROWS_OF_EXPERT = struct.Struct("<II")
 _MAGIC = b"ARL1"
@@ -24,6 +27,7 @@ _MAGIC = b"ARL1"
 _REPLY_WITHOUT_REASON = b"\x02\x00"
 
 HEADER_BYTES = _HEADER.size
+PAIR_BYTES = _ROWS_OF_EXPERT.size
 RowsPerExpert = tuple[tuple[int, int], ...]
 
 
@@ -79,15 +83,12 @@ def request_header(identity: Identity, rows_per_expert: Sequence[tuple[int, int]
     return Header(kind=Kind.REQUEST, identity=identity, num_slots=len(rows_per_expert), num_rows=num_rows)
 
 
-def encode_request(identity: Identity, rows_per_expert: Sequence[tuple[int, int]]) -> bytes:
-    """Header and ``(expert, rows)`` pairs of a request, in one piece."""
-    num_rows = sum([rows for _expert, rows in rows_per_expert])
-    header = _HEADER.pack(_MAGIC, Kind.REQUEST, 0, len(rows_per_expert), *identity, num_rows)
-    return header + encode_rows_per_expert(rows_per_expert)
+def encode_request_header(identity: Identity, *, num_slots: int, num_rows: int) -> bytes:
+    return _HEADER.pack(_MAGIC, Kind.REQUEST, 0, num_slots, *identity, num_rows)
 
 
 def reply_header(request: bytes) -> bytes:
-    """The header of the reply to an encoded request: the request's own with another kind.
+    """The encoded header of the reply to a request, of whose encoding only the header counts.
 
     Whoever keeps it can tell by comparing bytes that an answer fits the request in every field.
     """
@@ -157,6 +158,14 @@ def rows_per_expert_bytes(header: Header) -> int:
 
 def encode_rows_per_expert(rows_per_expert: Sequence[tuple[int, int]]) -> bytes:
     return struct.pack(f"<{2 * len(rows_per_expert)}I", *chain.from_iterable(rows_per_expert))
+
+
+def encode_rows_of_experts(experts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> memoryview:
+    """As ``encode_rows_per_expert``, for many experts at once; PAIR_BYTES for each."""
+    pairs = np.empty((len(experts), 2), dtype="<u4")
+    pairs[:, 0] = experts
+    pairs[:, 1] = rows
+    return pairs.view(np.uint8).reshape(-1).data
 
 
 def decode_rows_per_expert(encoded: bytes | bytearray | memoryview, header: Header) -> RowsPerExpert:

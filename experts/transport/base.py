@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from experts.epoch import ShardAddress
-from experts.message import Header, Identity, Refusal, RowsPerExpert
+from experts.message import Header, Refusal, RowsPerExpert
 from experts.opening import LaneTerms
 
 
@@ -21,22 +21,24 @@ class LinkError(ConnectionError):
     """The pair is broken: closed, timed out, or the other end broke the protocol. The text says which."""
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, eq=False)
 class LinkRequest:
     """Rows that a router sends to a shard, and where the results go: bytes, in the same order.
 
-    Both stay untouched by the caller until the request is answered or abandoned. refusal is filled by the link.
+    All stay untouched by the caller until the request is answered or abandoned. header, pairs: as message.py encodes
+    them. What stands behind num_rows is the link's: refusal says why the shard would not, abandoned that nobody waits
+    for the answer any more, first_row and rows_at where it lies in a region.
     """
 
-    identity: Identity
-    rows_per_expert: Sequence[tuple[int, int]]
+    header: bytes
+    pairs: bytes | memoryview
     rows: Sequence[memoryview]
     results: Sequence[memoryview]
+    num_rows: int
     refusal: Refusal | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return sum([rows for _expert, rows in self.rows_per_expert])
+    abandoned: bool = False
+    first_row: int = 0
+    rows_at: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from experts.epoch import ShardAddress
-from experts.message import HEADER_BYTES, MessageError, encode_request
+from experts.message import HEADER_BYTES, MessageError
 from experts.opening import LaneTerms, OpeningError
 from experts.transport.base import LinkError, LinkRequest
 from experts.transport.exact_read import read_exactly
@@ -29,7 +29,7 @@ from experts.transport.row_space import RowSpace
 from experts.transport.shm_offer import READY, abstract, encode_offer, region_shape
 from experts.transport.shm_port import Announcing, Port
 from experts.transport.shm_region import ENTRY_BYTES, FIRST_ROW, NUM_ENTRIES, REPLY_ENTRIES, REQUEST_ENTRIES, Region
-from experts.transport.under_way import Sent, UnderWay
+from experts.transport.under_way import UnderWay
 
 
 def connect(
@@ -140,9 +140,9 @@ class ShmLink:
         return answered
 
     def abandon(self, request: LinkRequest) -> None:
+        request.abandoned = True
         if request in self._waiting:
             self._waiting.remove(request)
-        self._under_way.abandon(request)
 
     def close(self) -> None:
         """Idempotent."""
@@ -153,18 +153,17 @@ class ShmLink:
 
     def _lay_down(self, request: LinkRequest) -> bool:
         """Whether there was room. Raises LinkError."""
-        encoded = encode_request(request.identity, request.rows_per_expert)
         shape = self._region.shape
-        head_rows = shape.head_rows(len(encoded) - HEADER_BYTES)
+        head_rows = shape.head_rows(len(request.pairs))
         first_row = self._make_room(head_rows + request.num_rows)
         if first_row is None:
             return False
-        sent = Sent(request, first_row=first_row, rows_at=shape.offset(first_row + head_rows))
-        self._write(shape.offset(first_row), encoded[HEADER_BYTES:])
-        self._write(sent.rows_at, *request.rows)
+        request.first_row, request.rows_at = first_row, shape.offset(first_row + head_rows)
+        self._write(shape.offset(first_row), request.pairs)
+        self._write(request.rows_at, *request.rows)
         entry = REQUEST_ENTRIES + self._port.next_entry * ENTRY_BYTES
-        self._write(entry, encoded[:HEADER_BYTES], FIRST_ROW.pack(first_row))
-        self._under_way.add(encoded, sent)
+        self._write(entry, request.header, FIRST_ROW.pack(first_row))
+        self._under_way.add(request)
         self._port.publish()
         return True
 
@@ -178,29 +177,27 @@ class ShmLink:
         return first_row
 
     def _write(self, offset: int, *parts: memoryview | bytes) -> None:
+        memory = self._memory
         for part in parts:
             end = offset + len(part)
-            self._memory[offset:end] = part
+            memory[offset:end] = part
             offset = end
 
     def _take_answer(self) -> LinkRequest | None:
         entry = REPLY_ENTRIES + self._port.take() * ENTRY_BYTES
         answer = bytes(self._memory[entry : entry + HEADER_BYTES])
-        sent = self._under_way.waiting_for(answer)
-        if sent is not None:
-            self._under_way.done(answer)
-        else:
-            sent = self._under_way.take_out(self._under_way.judge(answer), answer)
-        if sent is None:
+        request = self._under_way.pop(answer)
+        if request is None:
+            request = self._under_way.take_out(self._under_way.judge(answer), answer)
+        if request is None:
             # The reply to an attempt that was never made.
             return None
-        request = sent.request
-        if request is not None and request.refusal is None:
-            self._read(sent.rows_at, request.results)
-        self._space.give_back(sent.first_row)
+        if request.refusal is None and not request.abandoned:
+            self._read(request.rows_at, request.results)
+        self._space.give_back(request.first_row)
         if not self._space.end:
             self._region.trim()
-        return request
+        return None if request.abandoned else request
 
     def _read(self, offset: int, parts: Sequence[memoryview]) -> None:
         for part in parts:

@@ -26,7 +26,7 @@ _STAGING_BYTES = 1 << 16
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without a copy."""
     flat = tensor.detach().view(torch.uint8).numpy().reshape(-1)
-    return memoryview(flat)
+    return flat.data
 
 
 def discard(num_bytes: int) -> Parser:

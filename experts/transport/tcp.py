@@ -9,12 +9,12 @@ from collections.abc import Generator
 import torch
 
 from experts.epoch import ShardAddress
-from experts.message import HEADER_BYTES, Kind, MessageError, encode_request
+from experts.message import HEADER_BYTES, Kind, MessageError
 from experts.opening import LaneTerms, OpeningError
 from experts.transport.base import Link, LinkError, LinkRequest
 from experts.transport.router_opening import open_lane
 from experts.transport.stream import ByteStream, Parser, discard, tune
-from experts.transport.under_way import Sent, UnderWay
+from experts.transport.under_way import UnderWay
 
 
 def connect(address: ShardAddress, *, lane_id: str, secret: bytes, timeout_s: float) -> Link:
@@ -58,9 +58,8 @@ class TcpLink:
         return self._stream.fileno()
 
     def submit(self, request: LinkRequest) -> None:
-        encoded = encode_request(request.identity, request.rows_per_expert)
-        self._under_way.add(encoded, Sent(request))
-        self._stream.send([encoded, *request.rows])
+        self._under_way.add(request)
+        self._stream.send([request.header, request.pairs, *request.rows])
 
     def hear(self) -> None:
         try:
@@ -79,7 +78,7 @@ class TcpLink:
         return answered
 
     def abandon(self, request: LinkRequest) -> None:
-        self._under_way.abandon(request)
+        request.abandoned = True
 
     def close(self) -> None:
         self._stream.close()
@@ -89,17 +88,17 @@ class TcpLink:
         while True:
             yield memoryview(encoded)
             answer = bytes(encoded)
-            sent = self._under_way.waiting_for(answer)
-            if sent is not None and sent.request is not None:
-                yield from sent.request.results
-                self._under_way.done(answer)
+            request = self._under_way.get(answer)
+            if request is not None and not request.abandoned:
+                yield from request.results
+                self._under_way.pop(answer)
             else:
-                sent = yield from self._parse_unexpected(answer)
+                request = yield from self._parse_unexpected(answer)
             # It may have been abandoned while its rows came in.
-            if sent is not None and sent.request is not None:
-                self._answered.append(sent.request)
+            if request is not None and not request.abandoned:
+                self._answered.append(request)
 
-    def _parse_unexpected(self, answer: bytes) -> Generator[memoryview, None, Sent | None]:
+    def _parse_unexpected(self, answer: bytes) -> Generator[memoryview, None, LinkRequest | None]:
         """A refusal, or the reply to an abandoned attempt, which ends here."""
         header = self._under_way.judge(answer)
         if header.kind is Kind.REPLY:
