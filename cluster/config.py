@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from experts.transport.names import LaneTransport
+
 APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_PORT = 65535
 
@@ -87,6 +89,14 @@ class ServiceConfig(BaseModel):
     lane_timeout_s: float = Field(
         30.0, gt=0, description="How long a router waits for a shard's answer before it takes the shard for lost."
     )
+    lane_transport: LaneTransport = Field(
+        "auto", description="How rows travel between routers and shards. auto: by shared memory on one host, by TCP "
+        "between hosts. shm, tcp: in that way alone.",
+    )  # fmt: skip
+    lane_spin_us: int | None = Field(
+        None, ge=0, le=100_000, description="How long routers and shards look for rows before they go to sleep, in "
+        "microseconds. Default: by the machine's cores.",
+    )  # fmt: skip
     resubmit_timeout_s: float = Field(
         60.0, gt=0, description="How long a gateway looks for another router when a request's own is lost."
     )

@@ -24,4 +24,6 @@ def engine_settings(config: ServiceConfig) -> EngineSettings:
         num_kv_blocks=config.num_kv_blocks,
         on_missing_expert=MissingExpertPolicy(config.on_missing_expert),
         lane_timeout_s=config.lane_timeout_s,
+        lane_transport=config.lane_transport,
+        lane_spin_us=config.lane_spin_us,
     )

@@ -25,6 +25,7 @@ class ExpertShardActor:
         # Here, because they load torch, which a controller that only creates shards does without.
         from experts.server import ShardServer
         from experts.shard_loader import load_shard
+        from experts.transport.waiting import wait_policy
 
         logging.basicConfig(level=logging.INFO)
         self._spec = spec
@@ -35,13 +36,12 @@ class ExpertShardActor:
             secret=spec.secret,
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             num_threads=spec.num_threads,
+            wait=wait_policy(spec.lane_spin_us),
         )
         self._server.start()
 
     def address(self) -> ShardAddress:
-        return ShardAddress(
-            shard_id=self._spec.shard_id, node_id=self._node_id, host=self._server.host, port=self._server.port
-        )
+        return self._server.address(self._node_id)
 
     def serve_epoch(self, epoch: Mapping[str, Any]) -> None:
         """epoch: ``Epoch.to_dict()``. Raises ValueError as ``Shard.serve_epoch`` does."""
@@ -60,6 +60,7 @@ class ExpertShardActor:
             "progress": server.progress,
             "busy_s": server.busy_s,
             "num_lanes": server.num_lanes,
+            "lanes": server.lanes,
             "refused": server.refused,
             "num_refused_requests": server.num_refused_requests,
             "epochs": list(self._shard.epochs),

@@ -26,7 +26,7 @@ from experts.placement import ShardId, Slot
 from experts.routed_rows import route_rows
 from experts.transport.base import Connector, Link, LinkError
 from experts.transport.select import connect_auto
-from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, default_policy
+from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wait_policy
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -73,7 +73,7 @@ class LaneDispatcher:
         self._peers: dict[ShardId, _Peer] = {}
         # By layer, filled as layers are asked for; void once a shard is lost.
         self._destinations: dict[int, LayerDestinations] = {}
-        self._poller = Poller(wait or default_policy())
+        self._poller = Poller(wait or wait_policy())
         self._turn = 0
         for shard_id, slots in epoch.placement.slots_by_shard.items():
             if slots:

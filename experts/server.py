@@ -29,7 +29,7 @@ from experts.transport.host_id import host_id
 from experts.transport.rules import LaneRules
 from experts.transport.shm_listener import ShmListener
 from experts.transport.tcp_listener import TcpListener
-from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, default_policy
+from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wait_policy
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class ShardServer:
         rules = self._rules(secret)
         self._tcp = TcpListener(host, port, rules)
         self._shm = ShmListener(rules) if host_id() is not None else None
-        self._poller = Poller(wait or default_policy())
+        self._poller = Poller(wait or wait_policy())
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name=f"shard-{shard.shard_id}", daemon=True)
         self._closing = _Closing.NO

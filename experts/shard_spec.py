@@ -11,7 +11,8 @@ from experts.placement import ShardId, Slot
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
     """model: a folder or a hub id; its experts have the given shape, by its configuration. dtype: torch's name, for
-    example "bfloat16". num_threads: of one matmul."""
+    example "bfloat16". num_threads: of one matmul. lane_spin_us: how long the service looks for rows before it sleeps,
+    None for what suits the host."""
 
     shard_id: ShardId
     model: str
@@ -22,3 +23,4 @@ class ShardSpec:
     num_threads: int
     secret: bytes
     weights_version: int
+    lane_spin_us: int | None = None

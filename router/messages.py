@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from experts.transport.names import LaneTransport
 from router.sampling_params import SamplingParams
 
 
@@ -133,7 +134,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     num_threads are torch's. block_size None is the default for the model's attention chunk; num_kv_blocks None is
     what fits into kv_memory_share of the memory that is free once the weights are loaded (None: a share that suits
-    the device). lane_timeout_s bounds the wait for one shard.
+    the device). lane_timeout_s bounds the wait for one shard; lane_spin_us is how long to look for rows before sleeping
+    (None: what suits the host).
     """
 
     model: str
@@ -149,6 +151,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     kv_memory_share: float | None = None
     on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.FAIL
     lane_timeout_s: float = 30.0
+    lane_transport: LaneTransport = "auto"
+    lane_spin_us: int | None = None
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):

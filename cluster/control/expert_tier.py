@@ -135,6 +135,7 @@ class ExpertTier:
             dtype=config.dtype,
             device=config.device,
             num_threads=config.shard_threads,
+            lane_spin_us=config.lane_spin_us,
             secret=self._memory.state.secret,
             weights_version=WEIGHTS_VERSION,
         )

@@ -13,7 +13,8 @@ KEYS_OF_FRONT = frozenset(
     {
         "gateways", "routers", "http_host", "http_port", "grpc_port", "max_model_len", "max_num_batched_tokens",
         "max_num_seqs", "max_queued_requests", "num_kv_blocks", "block_size", "seed", "max_logprobs", "max_choices",
-        "max_request_bytes", "stream_interval_ms", "on_missing_expert", "lane_timeout_s", "resubmit_timeout_s",
+        "max_request_bytes", "stream_interval_ms", "on_missing_expert", "lane_timeout_s", "lane_transport",
+        "resubmit_timeout_s",
         "router_threads", "gateway_num_cpus", "router_num_cpus",
     }
 )  # fmt: skip

@@ -51,8 +51,10 @@ class WaitPolicy:
             raise ValueError(f"spin_s must be between 0 and 1, got {self.spin_s}")
 
 
-def default_policy() -> WaitPolicy:
-    """By the cores that this process may use: with a single one, whoever looks keeps the other end from working."""
+def wait_policy(spin_us: int | None = None) -> WaitPolicy:
+    """None: by the cores that this process may use; with one alone, who looks keeps the other end from working."""
+    if spin_us is not None:
+        return WaitPolicy(spin_s=spin_us / 1e6)
     return WaitPolicy(spin_s=_SPIN_S if len(os.sched_getaffinity(0)) > 1 else 0.0)
 
 

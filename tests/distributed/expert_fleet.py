@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from lane_transports import CONNECTORS
 
 from experts.dispatch import LocalDispatcher
 from experts.epoch import Epoch, ShardAddress
@@ -121,7 +122,11 @@ class Fleet:
         hosting: type[ThreadShard | ProcessShard] = ThreadShard,
         placement: ExpertPlacement | None = None,
         limits: ServerLimits | None = None,
+        transport: str = "auto",
     ) -> None:
+        """transport: of all its dispatchers, a name of lane_transports.CONNECTORS."""
+        self.dtype = dtype
+        self.transport = transport
         ids = [ShardId(f"shard-{index}") for index in range(num_shards)]
         placement = placement or place(moe_layers=LAYERS, num_experts=num_experts, shard_ids=ids, copies=copies)
         limits = limits or ServerLimits()
@@ -138,7 +143,13 @@ class Fleet:
     def dispatcher(
         self, lane_id: str = "lane", *, epoch: Epoch | None = None, secret: bytes = SECRET, timeout_s: float = 20.0
     ) -> LaneDispatcher:
-        made = LaneDispatcher(lane_id=lane_id, epoch=epoch or self.epoch, secret=secret, timeout_s=timeout_s)
+        made = LaneDispatcher(
+            lane_id=lane_id,
+            epoch=epoch or self.epoch,
+            secret=secret,
+            timeout_s=timeout_s,
+            connect=CONNECTORS[self.transport],
+        )
         made.begin_step(0)
         self._dispatchers.append(made)
         return made
