@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from expert_fleet import HIDDEN, LAYERS, SECRET, Fleet, ThreadShard
+from expert_fleet import HIDDEN, LAYERS, SECRET, Fleet, ThreadShard, wait_until
 from lane_rows import random_rows, run
 from raw_ends import identity, is_closed_by_peer, knock, open_lane, read
 
@@ -27,13 +27,6 @@ from experts.server import ServerLimits, ShardServer
 LAYER = LAYERS[0]
 ROWS = random_rows(40, top_k=2)
 ROW_BYTES = HIDDEN * 4
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        time.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)
