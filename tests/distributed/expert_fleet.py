@@ -30,7 +30,7 @@ from experts.mlp import Mlp
 from experts.placement import ExpertPlacement, ShardId, Slot, place
 from experts.server import ServerLimits, ShardServer
 from experts.shard import Shard
-from experts.transport.waiting import wait_policy
+from experts.transport.waiting import WaitPolicy, wait_policy
 
 SECRET = b"a secret of the tests"
 # Wide enough that 60k rows are more than a socket's two buffers hold.
@@ -179,7 +179,13 @@ class Fleet:
         self._dispatchers: list[LaneDispatcher] = []
 
     def dispatcher(
-        self, lane_id: str = "lane", *, epoch: Epoch | None = None, secret: bytes = SECRET, timeout_s: float = 20.0
+        self,
+        lane_id: str = "lane",
+        *,
+        epoch: Epoch | None = None,
+        secret: bytes = SECRET,
+        timeout_s: float = 20.0,
+        wait: WaitPolicy | None = None,
     ) -> LaneDispatcher:
         made = LaneDispatcher(
             lane_id=lane_id,
@@ -187,6 +193,7 @@ class Fleet:
             secret=secret,
             timeout_s=timeout_s,
             connect=CONNECTORS[self.transport],
+            wait=wait,
         )
         made.begin_step(0)
         self._dispatchers.append(made)

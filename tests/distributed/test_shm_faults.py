@@ -23,6 +23,7 @@ from experts.epoch import Epoch
 from experts.lane import LaneDispatcher
 from experts.placement import ExpertPlacement, ShardId, Slot
 from experts.transport import shm
+from experts.transport.waiting import WaitPolicy
 
 LAYER = LAYERS[0]
 ROWS = random_rows(40, top_k=2)
@@ -140,8 +141,7 @@ def test_a_router_that_is_killed_leaves_nothing_in_its_shard(tmp_path: Path) -> 
 def test_no_wake_up_is_lost_between_ends_that_sleep_at_every_turn(transport: str) -> None:
     how = {SHARD_0: {"spin_us": 0}}
     with Fleet(num_shards=1, hosting=ProcessShard, transport=transport, how=how) as fleet:
-        lane = fleet.dispatcher(timeout_s=5)
-        lane._poller._spin_s = -1.0  # type: ignore[attr-defined]
+        lane = fleet.dispatcher(timeout_s=5, wait=WaitPolicy(spin_s=0.0))
         rows = random_rows(2)
         wanted_TD = run(fleet.oracle, rows)
         for step in range(1, 3000):
