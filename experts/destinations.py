@@ -9,11 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from experts.placement import ShardId
-
-Indices = npt.NDArray[np.int64]
+from experts.row_plan import Indices
 
 
 def choose_shards(copies: Mapping[int, Sequence[ShardId]], *, offset: int) -> dict[int, ShardId]:
@@ -56,7 +54,7 @@ class LayerDestinations:
         self._order_E = self._order({expert: shards for expert, shards in copies.items() if len(shards) == 1})
 
     def order(self, experts_R: Indices) -> Indices:
-        """order_E of a dispatch of these experts, for ``route_rows``: shard by shard, within a shard ascending.
+        """order_E of a dispatch of these experts, for ``plan_rows``: shard by shard, within a shard ascending.
 
         order_E // num_experts is the number of the shard. Raises IndexError for an expert that is out of range.
         """

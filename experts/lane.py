@@ -12,18 +12,20 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 
 from experts.destinations import LayerDestinations, choose_shards
-from experts.dispatch import Combined, Handle, finish
+from experts.dispatch import Combined, Handle
 from experts.epoch import Epoch
-from experts.lane_request import LaneHandle, LaneRequest, make_handle, request_for_spans, requests_by_shard
+from experts.lane_request import LaneHandle, LaneRequest, host_rows, request_for_spans, requests_by_shard
 from experts.message import PAIR_BYTES, Identity, encode_request_header
 from experts.placement import ShardId, Slot
-from experts.routed_rows import route_rows
+from experts.routed_rows import scale_copies
+from experts.row_plan import plan_rows
 from experts.transport.base import Connector, Link, LinkError
 from experts.transport.select import connect_auto
 from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wait_policy
@@ -107,27 +109,27 @@ class LaneDispatcher:
         if self._step is None:
             raise ValueError("begin_step must name the step before the first dispatch")
         destinations = self._destinations_of(layer)
+        scaled_CD = scale_copies(x_TD, topk_ids_TK, topk_scores_TK)
+        self._check(scaled_CD)
         try:
-            routed = route_rows(x_TD, topk_ids_TK, topk_scores_TK, destinations.order)
+            plan = plan_rows(topk_ids_TK, destinations.order)
         except IndexError:
             raise self._not_placed(layer, int(topk_ids_TK.max())) from None
-        if not routed.x_RD.is_cpu:
-            # Transports send from host memory.
-            routed = replace(routed, x_RD=routed.x_RD.to("cpu"))
+        rows_RB = host_rows(scaled_CD, plan)
         micro_batch = self._dispatches_of_layer.get(layer, 0)
         self._dispatches_of_layer[layer] = micro_batch + 1
-        handle = make_handle(layer, routed, step=self._step, micro_batch=micro_batch)
-        self._check(handle)
+        handle = LaneHandle(layer, self._step, micro_batch, x_TD, plan, rows_RB, np.empty_like(rows_RB))
         self._send(handle, destinations)
         # Answers are read while rows leave, else two large messages could wait for each other.
         self._pump(self._is_sending)
         return handle
 
     def combine(self, handle: Handle) -> Combined:
+        assert isinstance(handle, LaneHandle)
         if handle.abandoned:
             raise ValueError(f"handle of step {handle.step}, layer {handle.layer}: step {self._step} has begun")
         self._pump(lambda: handle.num_pending > 0)
-        return finish(handle)
+        return handle.finish()
 
     def close(self) -> None:
         for peer in self._peers.values():
@@ -162,10 +164,10 @@ class LaneDispatcher:
     def _not_placed(self, layer: int, expert: int) -> ValueError:
         return ValueError(f"expert {expert} of layer {layer} is not placed in epoch {self._epoch.number}")
 
-    def _check(self, handle: LaneHandle) -> None:
+    def _check(self, x_RD: torch.Tensor) -> None:
         """Raises ValueError for rows that the shards would not take."""
-        num_rows, hidden_size = handle.y_RD.shape
-        dtype = handle.y_RD.dtype
+        num_rows, hidden_size = x_RD.shape
+        dtype = x_RD.dtype
         for peer in self._peers.values():
             terms = peer.link.terms
             if terms.hidden_size != hidden_size or peer.dtype is not dtype:
@@ -183,17 +185,17 @@ class LaneDispatcher:
         """
         requests = requests_by_shard(handle, destinations)
         if requests and requests[-1][0] == destinations.unplaced:
-            raise self._not_placed(handle.layer, int(handle.routed.experts_S[-1]))
+            raise self._not_placed(handle.layer, int(handle.plan.experts_S[-1]))
         attempt = handle.next_attempt()
         for shard, request in requests:
             if shard == destinations.missing:
-                handle.missing.extend([handle.routed.spans[number] for number in request.span_numbers])
+                handle.missing.extend([handle.plan.spans[number] for number in request.span_numbers])
             else:
                 self._submit(self._shard_ids[shard], request, attempt)
 
     def _send_again(self, handle: LaneHandle, span_numbers: Sequence[int]) -> None:
         """Sends spans that a lost shard owed to other copies, under the handle's next attempt."""
-        spans = handle.routed.spans
+        spans = handle.plan.spans
         experts = [spans[number].expert for number in span_numbers]
         copies = {expert: self._live_copies(Slot(handle.layer, expert)) for expert in experts}
         chosen = choose_shards(copies, offset=self._copy_offset)
