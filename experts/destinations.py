@@ -1,17 +1,19 @@
 """Which live copy of each expert a dispatch asks. Pure.
 
-Shapes: E experts of a layer.
+Shapes: T tokens, K top-k, E experts of a layer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from experts.placement import ShardId
-from experts.row_plan import Indices
+from experts.row_plan import ExpertOrder
 
 
 def choose_shards(copies: Mapping[int, Sequence[ShardId]], *, offset: int) -> dict[int, ShardId]:
@@ -34,6 +36,13 @@ def choose_shards(copies: Mapping[int, Sequence[ShardId]], *, offset: int) -> di
     return chosen
 
 
+@dataclass(frozen=True, slots=True)
+class ShardOrder(ExpertOrder):
+    """shards: the number of the shard that each rank's expert goes to; ascending."""
+
+    shards: Sequence[int]
+
+
 class LayerDestinations:
     """Where the rows of one layer go as long as no other shard is lost: made once, asked at every dispatch.
 
@@ -43,28 +52,26 @@ class LayerDestinations:
 
     def __init__(self, copies: Mapping[int, Sequence[ShardId]], shard_ids: Sequence[ShardId], *, offset: int) -> None:
         """copies: of every expert that is placed, its living shards. offset: see ``choose_shards``."""
-        self.num_experts = 1 + max(copies, default=-1)
         self.missing, self.unplaced = len(shard_ids), len(shard_ids) + 1
         self._copies = copies
         self._offset = offset
         self._number = {shard_id: number for number, shard_id in enumerate(shard_ids)}
-        self._has_choice = any(len(shards) > 1 for shards in copies.values())
-        self._shard_of_E = np.full(self.num_experts, self.unplaced)
-        self._shard_of_E[list(copies)] = self.missing
-        self._order_E = self._order({expert: shards for expert, shards in copies.items() if len(shards) == 1})
+        self._num_experts = 1 + max(copies, default=-1)
+        self._fixed = None if any(len(shards) > 1 for shards in copies.values()) else self._order(copies)
 
-    def order(self, experts_R: Indices) -> Indices:
-        """order_E of a dispatch of these experts, for ``plan_rows``: shard by shard, within a shard ascending.
-
-        order_E // num_experts is the number of the shard. Raises IndexError for an expert that is out of range.
-        """
-        if not self._has_choice:
-            return self._order_E
-        asked = np.unique(experts_R).tolist()
+    def order(self, topk_ids_TK: torch.Tensor) -> ShardOrder:
+        """Shard by shard, within a shard by ascending expert."""
+        if self._fixed is not None:
+            return self._fixed
+        asked = sorted(set(topk_ids_TK.flatten().tolist()))
         return self._order({expert: self._copies.get(expert, ()) for expert in asked})
 
-    def _order(self, copies: Mapping[int, Sequence[ShardId]]) -> Indices:
-        shard_of_E = self._shard_of_E.copy()
-        for expert, shard_id in choose_shards(copies, offset=self._offset).items():
-            shard_of_E[expert] = self._number[shard_id]
-        return shard_of_E * self.num_experts + np.arange(self.num_experts)
+    def _order(self, copies: Mapping[int, Sequence[ShardId]]) -> ShardOrder:
+        chosen = choose_shards(copies, offset=self._offset)
+        shard_of_E = [self.unplaced] * self._num_experts
+        for expert in self._copies:
+            shard_of_E[expert] = self._number[chosen[expert]] if expert in chosen else self.missing
+        experts = sorted(range(self._num_experts), key=shard_of_E.__getitem__)
+        rank_E = np.empty(self._num_experts, dtype=np.int64)
+        rank_E[experts] = np.arange(self._num_experts)
+        return ShardOrder(rank_E, experts, [shard_of_E[expert] for expert in experts])

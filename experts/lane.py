@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from experts.destinations import LayerDestinations, choose_shards
+from experts.destinations import LayerDestinations, ShardOrder, choose_shards
 from experts.dispatch import Combined, Handle
 from experts.epoch import Epoch
 from experts.lane_request import LaneHandle, LaneRequest, host_rows, request_for_spans, requests_by_shard
@@ -112,14 +112,15 @@ class LaneDispatcher:
         scaled_CD = scale_copies(x_TD, topk_ids_TK, topk_scores_TK)
         self._check(scaled_CD)
         try:
-            plan = plan_rows(topk_ids_TK, destinations.order)
+            order = destinations.order(topk_ids_TK)
+            plan = plan_rows(topk_ids_TK, order)
         except IndexError:
             raise self._not_placed(layer, int(topk_ids_TK.max())) from None
         rows_RB = host_rows(scaled_CD, plan)
         micro_batch = self._dispatches_of_layer.get(layer, 0)
         self._dispatches_of_layer[layer] = micro_batch + 1
         handle = LaneHandle(layer, self._step, micro_batch, x_TD, plan, rows_RB, np.empty_like(rows_RB))
-        self._send(handle, destinations)
+        self._send(handle, order, destinations)
         # Answers are read while rows leave, else two large messages could wait for each other.
         self._pump(self._is_sending)
         return handle
@@ -178,14 +179,14 @@ class LaneDispatcher:
             if num_rows > terms.max_rows:
                 raise ValueError(f"{num_rows} rows at once, the shards take at most {terms.max_rows}")
 
-    def _send(self, handle: LaneHandle, destinations: LayerDestinations) -> None:
+    def _send(self, handle: LaneHandle, order: ShardOrder, destinations: LayerDestinations) -> None:
         """Sends all rows, to each shard its run; those of which no copy lives are missing.
 
         Raises ValueError for an expert that is placed nowhere, before anything is sent.
         """
-        requests = requests_by_shard(handle, destinations)
+        requests = requests_by_shard(handle, order.shards)
         if requests and requests[-1][0] == destinations.unplaced:
-            raise self._not_placed(handle.layer, int(handle.plan.experts_S[-1]))
+            raise self._not_placed(handle.layer, handle.plan.spans[-1].expert)
         attempt = handle.next_attempt()
         for shard, request in requests:
             if shard == destinations.missing:

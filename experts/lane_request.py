@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from experts.destinations import LayerDestinations
 from experts.dispatch import Combined, Handle
-from experts.message import PAIR_BYTES, encode_rows_of_experts, encode_rows_per_expert
+from experts.message import encode_rows_per_expert
 from experts.routed_rows import combine_rows
 from experts.row_plan import ExpertSpan, RowPlan
 from experts.transport.base import LinkRequest
@@ -84,21 +83,19 @@ def host_rows(scaled_CD: torch.Tensor, plan: RowPlan) -> Bytes:
     return scaled_CB.take(plan.copy_of_row_R, axis=0)
 
 
-def requests_by_shard(handle: LaneHandle, destinations: LayerDestinations) -> list[tuple[int, LaneRequest]]:
-    """All rows of the handle, planned by ``destinations.order``: the number of a shard, and the run of rows it gets."""
+def requests_by_shard(handle: LaneHandle, shards: Sequence[int]) -> list[tuple[int, LaneRequest]]:
+    """All rows of the handle: the number of a shard, and the run of rows it gets. shards: of each rank of the plan's
+    order, which goes shard by shard."""
     plan, row_bytes = handle.plan, handle.row_bytes
     rows, results = handle.rows_RB.reshape(-1).data, handle.results_RB.reshape(-1).data
-    bounds = [0, *plan.stops_S.tolist()]
-    rows_S = plan.stops_S.copy()
-    rows_S[1:] -= plan.stops_S[:-1]
-    pairs = encode_rows_of_experts(plan.experts_S, rows_S)
     found: list[tuple[int, LaneRequest]] = []
-    for shard, first, stop in _runs((plan.order_S // destinations.num_experts).tolist()):
-        start_row, stop_row = bounds[first], bounds[stop]
+    for shard, first, stop in _runs([shards[rank] for rank in plan.ranks]):
+        spans = plan.spans[first:stop]
+        start_row, stop_row = spans[0].start, spans[-1].stop
         cut = slice(start_row * row_bytes, stop_row * row_bytes)
         request = LaneRequest(
             b"",
-            pairs[first * PAIR_BYTES : stop * PAIR_BYTES],
+            encode_rows_per_expert([(expert, stop - start) for expert, start, stop in spans]),
             (rows[cut],),
             (results[cut],),
             stop_row - start_row,

@@ -17,9 +17,6 @@ from enum import IntEnum
 from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 _HEADER = struct.Struct("<4sBBHQQIQIHHI")
 _ROWS_OF_EXPERT = struct.Struct("<II")
 _MAGIC = b"ARL1"
@@ -158,14 +155,6 @@ def rows_per_expert_bytes(header: Header) -> int:
 
 def encode_rows_per_expert(rows_per_expert: Sequence[tuple[int, int]]) -> bytes:
     return struct.pack(f"<{2 * len(rows_per_expert)}I", *chain.from_iterable(rows_per_expert))
-
-
-def encode_rows_of_experts(experts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> memoryview:
-    """As ``encode_rows_per_expert``, for many experts at once; PAIR_BYTES for each."""
-    pairs = np.empty((len(experts), 2), dtype="<u4")
-    pairs[:, 0] = experts
-    pairs[:, 1] = rows
-    return pairs.view(np.uint8).reshape(-1).data
 
 
 def decode_rows_per_expert(encoded: bytes | bytearray | memoryview, header: Header) -> RowsPerExpert:

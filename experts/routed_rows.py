@@ -5,6 +5,7 @@ Shapes: T tokens, D model, K top-k, R = T * K routed rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class RoutedRows:
     """row_of_copy_TK: for token t and its k-th expert in ascending order the row that answers it."""
 
     x_RD: torch.Tensor
-    spans: tuple[ExpertSpan, ...]
+    spans: Sequence[ExpertSpan]
     row_of_copy_TK: torch.Tensor
 
 

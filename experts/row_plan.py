@@ -6,14 +6,15 @@ an expert by token; experts come in ascending order, or in one that the caller n
     tokens   t0 -> e2, e0     t1 -> e2          rows   e0: t0 | e2: t0 t1
                                                 spans  (0, 0, 1)  (2, 1, 3)
 
-It is all numpy: on so few numbers a torch operation costs ten times as much.
+What is done row by row is numpy's, what is done span by span is plain Python: at the sizes of a decode step, each
+library that a dispatch touches costs more for being fetched into the caches than for what it computes.
 
-Shapes: T tokens, K top-k, R = T * K routed rows, S spans, E experts.
+Shapes: T tokens, K top-k, R = T * K routed rows, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,25 +33,26 @@ class ExpertSpan(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class ExpertOrder:
+    """An order of experts: the rank of each, and the expert of each rank."""
+
+    rank_E: Indices
+    experts: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class RowPlan:
-    """Which row goes where. A copy is a place in [T, K], counted through.
+    """A copy is a place in [T, K], counted through.
 
     copy_of_row_R: the copy that becomes the row. row_of_copy_TK: for token t and its k-th expert in ascending order
-    the row that answers it. experts_S, order_S, stops_S: of each span its expert, that one's place in the order, and
-    the end of its rows.
+    the row that answers it. spans: in the order of their rows; ranks: of their experts.
     """
 
     copy_of_row_R: Indices
     row_of_copy_TK: Indices
-    experts_S: Indices
-    order_S: Indices
-    stops_S: Indices
-
-    @property
-    def spans(self) -> tuple[ExpertSpan, ...]:
-        stops = self.stops_S.tolist()
-        return tuple(map(ExpertSpan, self.experts_S.tolist(), [0, *stops], stops))
+    spans: list[ExpertSpan]
+    ranks: list[int]
 
     def tokens_of(self, spans: Iterable[ExpertSpan]) -> npt.NDArray[np.bool_]:
         """bool [T]: the tokens that have a row in any of the spans."""
@@ -61,36 +63,26 @@ class RowPlan:
         return has_row_T
 
 
-def plan_rows(topk_ids_TK: torch.Tensor, order: Callable[[Indices], Indices] | None = None) -> RowPlan:
+def plan_rows(topk_ids_TK: torch.Tensor, order: ExpertOrder | None = None) -> RowPlan:
     """Groups the rows by expert. The order of a token's experts in the K axis does not matter.
 
-    order: asked with the experts of all rows, gives order_E, by which they are sorted; None: by the experts themselves.
-    On a GPU this is the one host sync of a dispatch.
+    order: of the experts; None: ascending. On a GPU this is the one host sync of a dispatch. Raises IndexError for an
+    expert that the order does not have.
     """
     ids_TK = topk_ids_TK.cpu().numpy()
-    ids_R = ids_TK.reshape(-1)
-    order_R = ids_R if order is None else order(ids_R)[ids_R]
-    copy_of_row_R = order_R.argsort(kind="stable")
-    row_of_copy_R = np.empty_like(copy_of_row_R)
-    row_of_copy_R[copy_of_row_R] = np.arange(len(copy_of_row_R))
-    order_R = order_R[copy_of_row_R]
-    last_S = _last_of_each_run(order_R)
-    return RowPlan(
-        copy_of_row_R=copy_of_row_R,
-        row_of_copy_TK=_in_expert_order(row_of_copy_R.reshape(ids_TK.shape), ids_TK),
-        experts_S=ids_R[copy_of_row_R[last_S]],
-        order_S=order_R[last_S],
-        stops_S=last_S + 1,
-    )
-
-
-def _last_of_each_run(sorted_R: Indices) -> Indices:
-    is_last_R = np.ones(len(sorted_R), dtype=np.bool_)
-    np.not_equal(sorted_R[1:], sorted_R[:-1], out=is_last_R[:-1])
-    return is_last_R.nonzero()[0]
-
-
-def _in_expert_order(row_of_copy_TK: Indices, ids_TK: Indices) -> Indices:
-    if ids_TK.shape[1] == 1:
-        return row_of_copy_TK
-    return np.take_along_axis(row_of_copy_TK, ids_TK.argsort(axis=1, kind="stable"), axis=1)
+    rank_R = ids_TK.reshape(-1) if order is None else order.rank_E[ids_TK.reshape(-1)]
+    copy_of_row_R = rank_R.argsort(kind="stable")
+    row_of_copy_TK = copy_of_row_R.argsort(kind="stable").reshape(ids_TK.shape)
+    if ids_TK.shape[1] > 1:
+        in_expert_order_TK = ids_TK.argsort(axis=1, kind="stable")
+        row_of_copy_TK = np.take_along_axis(row_of_copy_TK, in_expert_order_TK, axis=1)
+    spans: list[ExpertSpan] = []
+    ranks: list[int] = []
+    start = 0
+    for rank, num_rows in enumerate(np.bincount(rank_R).tolist()):
+        if num_rows:
+            expert = rank if order is None else order.experts[rank]
+            spans.append(ExpertSpan(expert, start, start + num_rows))
+            ranks.append(rank)
+            start += num_rows
+    return RowPlan(copy_of_row_R, row_of_copy_TK, spans, ranks)
