@@ -11,10 +11,11 @@ anything of the announced size is allocated.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import chain
+from types import MappingProxyType
 from typing import NamedTuple
 
 _HEADER = struct.Struct("<4sBBHQQIQIHHI")
@@ -36,6 +37,9 @@ class Kind(IntEnum):
     REQUEST = 1
     REPLY = 2
     REFUSAL = 3
+
+
+_KINDS: Mapping[int, Kind] = MappingProxyType({kind.value: kind for kind in Kind})
 
 
 class Refusal(IntEnum):
@@ -121,8 +125,10 @@ def decode_header(encoded: bytes | bytearray | memoryview, *, max_rows: int) -> 
         raise MessageError(f"num_rows is {num_rows}, must be between 1 and {max_rows}")
     if not 1 <= num_slots <= num_rows:
         raise MessageError(f"num_slots is {num_slots}, must be between 1 and num_rows ({num_rows})")
+    if kind not in _KINDS:
+        raise MessageError(f"kind is {kind}")
     return Header(
-        kind=_kind(kind),
+        kind=_KINDS[kind],
         reason=_reason(kind, reason),
         identity=Identity._make(fields[4:11]),
         num_slots=num_slots,
@@ -130,15 +136,8 @@ def decode_header(encoded: bytes | bytearray | memoryview, *, max_rows: int) -> 
     )
 
 
-def _kind(kind: int) -> Kind:
-    try:
-        return Kind(kind)
-    except ValueError as error:
-        raise MessageError(f"kind is {kind}") from error
-
-
 def _reason(kind: int, reason: int) -> Refusal | None:
-    if kind != Kind.REFUSAL and reason == 0:
+    if reason == 0 and kind != Kind.REFUSAL:
         return None
     try:
         refusal = Refusal(reason)

@@ -20,7 +20,6 @@ import torch
 from experts.doors import Doors
 from experts.epoch import ShardAddress
 from experts.message import Header, MessageError, Refusal, RowsPerExpert
-from experts.placement import Slot
 from experts.server_limits import ServerLimits, ServerStats
 from experts.shard import Shard
 from experts.tiles import ExpertTile, TileQueue
@@ -68,6 +67,7 @@ class ShardServer:
         self._shard = shard
         self._limits = limits or ServerLimits()
         self._num_threads = num_threads
+        self._on_cpu = shard.device.type == "cpu"
         rules = self._rules(secret)
         self._tcp = TcpListener(host, port, rules)
         self._shm = ShmListener(rules) if host_id() is not None else None
@@ -78,7 +78,8 @@ class ShardServer:
         self._drain_deadline = 0.0
         # What follows belongs to the thread; others only read it.
         self._tiles = TileQueue()
-        self._lanes: dict[LaneEnd, None] = {}
+        # With what is watched for at each.
+        self._lanes: dict[LaneEnd, int] = {}
         self._progress = 0
         self._busy_s = 0.0
         self._refused: Counter[str] = Counter()
@@ -191,7 +192,7 @@ class ShardServer:
         if full or self._closing is not _Closing.NO:
             lane.close()
             return False
-        self._lanes[lane] = None
+        self._lanes[lane] = READ
         self._poller.add(lane, READ, partial(self._serve_lane, lane))
         return True
 
@@ -214,14 +215,19 @@ class ShardServer:
 
     def _watch(self, lane: LaneEnd) -> None:
         """Reads on only while the lane has room for answers. A lane with neither event waits for its tile."""
-        read = READ if lane.num_unanswered < self._limits.max_unanswered else 0
-        self._poller.change(lane, read | (WRITE if lane.sending else 0))
+        events = READ if lane.num_unanswered < self._limits.max_unanswered else 0
+        if lane.sending:
+            events |= WRITE
+        if self._lanes[lane] != events:
+            self._lanes[lane] = events
+            self._poller.change(lane, events)
 
     def _admit(self, header: Header, rows_per_expert: RowsPerExpert) -> Refusal | None:
         who = header.identity
-        slots = [Slot(who.layer, expert) for expert, _rows in rows_per_expert]
+        slots = [(who.layer, expert) for expert, _rows in rows_per_expert]
         reason = self._shard.refusal(epoch=who.epoch, weights_version=who.weights_version, slots=slots)
-        self._num_refused_requests += reason is not None
+        if reason is not None:
+            self._num_refused_requests += 1
         return reason
 
     def _compute_tile(self) -> None:
@@ -238,9 +244,12 @@ class ShardServer:
                 self._drop_lane(lane, str(error))
 
     def _compute_expert(self, tile: ExpertTile) -> None:
-        parts_RD = tile.parts_RD
+        slot, parts_RD = tile
         x_RD = parts_RD[0] if len(parts_RD) == 1 else torch.cat(parts_RD)
-        y_RD = self._shard.apply_expert(tile.slot, x_RD.to(self._shard.device))
+        y_RD = self._shard.apply_expert(slot, x_RD if self._on_cpu else x_RD.to(self._shard.device))
+        if len(parts_RD) == 1:
+            x_RD.copy_(y_RD)
+            return
         start = 0
         for part_RD in parts_RD:
             stop = start + part_RD.shape[0]

@@ -7,7 +7,7 @@ socket and which has news in memory; then the end advances.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -43,13 +43,14 @@ class LinkRequest:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RowRequest:
-    """A request that has arrived at the shard. Its results overwrite x_RD, so the reply needs no space."""
+    """A request that has arrived at the shard. Its rows are those of x_RD from first_row on; its results overwrite
+    them, so the reply needs no space. reply, for the transport that it came by, is the encoded header of that."""
 
     header: Header
     rows_per_expert: RowsPerExpert
     x_RD: torch.Tensor
-    # The encoded header of its reply, filled by the transport that it came by.
-    reply: bytes = field(default=b"", repr=False)
+    first_row: int = 0
+    reply: bytes = b""
 
 
 class Pollable(Protocol):

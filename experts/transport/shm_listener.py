@@ -186,7 +186,8 @@ class _LaneRegion:
         return RowRequest(
             header=header,
             rows_per_expert=rows_per_expert,
-            x_RD=self._rows_RD[start:stop],
+            x_RD=self._rows_RD,
+            first_row=start,
             reply=reply_header(entry),
         )
 
