@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cluster.checkpoints.demo_model import demo_checkpoint
 from experts.logs import LogSettings
+from experts.transport.names import LaneTransport
 
 APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_PORT = 65535
@@ -97,6 +98,14 @@ class ServiceConfig(BaseModel):
     lane_timeout_s: float = Field(
         30.0, gt=0, description="How long a router waits for a shard's answer before it takes the shard for lost."
     )
+    lane_transport: LaneTransport = Field(
+        "auto", description="How rows travel between routers and shards. auto: by shared memory on one host, by TCP "
+        "between hosts. shm, tcp: in that way alone.",
+    )  # fmt: skip
+    lane_spin_us: int | None = Field(
+        None, ge=0, le=100_000, description="How long routers and shards look for rows before they go to sleep, in "
+        "microseconds. Default: by the machine's cores.",
+    )  # fmt: skip
     resubmit_timeout_s: float = Field(
         60.0, gt=0, description="How long a gateway looks for another router when a request's own is lost."
     )

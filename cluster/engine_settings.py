@@ -26,4 +26,6 @@ def engine_settings(config: ServiceConfig) -> EngineSettings:
         expert_wait_s=config.expert_wait_s,
         lane_timeout_s=config.lane_timeout_s,
         log=config.log_settings,
+        lane_transport=config.lane_transport,
+        lane_spin_us=config.lane_spin_us,
     )

@@ -28,6 +28,7 @@ class ExpertShardActor:
         from experts.server import ShardServer
         from experts.shard_control import ShardControl
         from experts.shard_loader import load_more, load_shard, num_free_slots
+        from experts.transport.waiting import wait_policy
 
         configure_logging(spec.log, process=spec.shard_id)
         self._spec = spec
@@ -40,13 +41,12 @@ class ExpertShardActor:
             secret=spec.secret,
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             num_threads=spec.num_threads,
+            wait=wait_policy(spec.lane_spin_us),
         )
         self._server.start()
 
     def address(self) -> ShardAddress:
-        return ShardAddress(
-            shard_id=self._spec.shard_id, node_id=self._node_id, host=self._server.host, port=self._server.port
-        )
+        return self._server.address(self._node_id)
 
     def prepare(self, term: int, epoch: Mapping[str, Any]) -> None:
         """epoch: ``Epoch.to_dict()``. Returns once the shard serves it. Raises as ``ShardControl.prepare`` does."""
@@ -69,6 +69,7 @@ class ExpertShardActor:
             "progress": server.progress,
             "busy_s": server.busy_s,
             "num_lanes": server.num_lanes,
+            "lanes": server.lanes,
             "refused": server.refused,
             "num_refused_requests": server.num_refused_requests,
             "epochs": list(self._shard.epochs),

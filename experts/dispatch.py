@@ -7,13 +7,13 @@ Shapes: T tokens, D model, K top-k, R = T * K routed rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
 from experts.placement import ShardId
-from experts.routed_rows import ExpertSpan, RoutedRows, combine_rows, route_rows, tokens_of_rows
+from experts.routed_rows import combine_rows, route_rows
 from experts.shard import Shard
 
 
@@ -28,22 +28,10 @@ class Combined(NamedTuple):
     missing_T: torch.Tensor | None
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
 class Handle:
     """What links a combine to its dispatch. Good for one combine of the dispatcher that made it."""
 
-    layer: int
-    routed: RoutedRows
-    # Result rows in the order of routed.x_RD, allocated before a row is sent and filled by the dispatcher.
-    y_RD: torch.Tensor
-    step: int = 0
-    micro_batch: int = 0
-    # Filled by the dispatcher: spans no live shard could answer, requests under way, sends so far, and whether
-    # a later step began before the combine.
-    missing: list[ExpertSpan] = field(default_factory=list)
-    num_pending: int = 0
-    num_attempts: int = 0
-    abandoned: bool = False
+    __slots__ = ()
 
 
 class Dispatcher(Protocol):
@@ -76,13 +64,10 @@ class Dispatcher(Protocol):
         """Idempotent."""
 
 
-def finish(handle: Handle) -> Combined:
-    """The result of a handle whose rows have all been answered or given up, on the device of the tokens."""
-    row_of_copy_TK = handle.routed.row_of_copy_TK
-    for span in handle.missing:
-        handle.y_RD[span.start : span.stop] = 0
-    y_TD = combine_rows(handle.y_RD.to(row_of_copy_TK.device), row_of_copy_TK)
-    return Combined(y_TD, tokens_of_rows(handle.missing, row_of_copy_TK) if handle.missing else None)
+@dataclass(slots=True, kw_only=True, eq=False)
+class _LocalHandle(Handle):
+    y_RD: torch.Tensor
+    row_of_copy_TK: torch.Tensor
 
 
 class LocalDispatcher:
@@ -99,12 +84,13 @@ class LocalDispatcher:
         self, layer: int, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_scores_TK: torch.Tensor
     ) -> Handle:
         routed = route_rows(x_TD, topk_ids_TK, topk_scores_TK)
-        rows_per_expert = [(span.expert, span.stop - span.start) for span in routed.spans]
+        rows_per_expert = [(expert, stop - start) for expert, start, stop in routed.spans]
         y_RD = self._shard.apply(layer, routed.x_RD, rows_per_expert)
-        return Handle(layer=layer, routed=routed, y_RD=y_RD)
+        return _LocalHandle(y_RD=y_RD, row_of_copy_TK=routed.row_of_copy_TK)
 
     def combine(self, handle: Handle) -> Combined:
-        return finish(handle)
+        assert isinstance(handle, _LocalHandle)
+        return Combined(combine_rows(handle.y_RD, handle.row_of_copy_TK), None)
 
     def close(self) -> None:
         """Holds nothing that needs closing."""

@@ -11,12 +11,18 @@ from experts.placement import ExpertPlacement, ShardId, Slot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardAddress:
-    """Where a shard listens for lanes. shard_id is its identity: a restarted shard has another."""
+    """Where a shard listens for lanes. shard_id is its identity: a restarted shard has another.
+
+    host_id (experts/transport/host_id.py) and unix_name, of its Unix socket there, are for routers on the same host;
+    None where it offers no shm.
+    """
 
     shard_id: ShardId
     node_id: str
     host: str
     port: int
+    host_id: str | None = None
+    unix_name: str | None = None
 
     def __str__(self) -> str:
         return f"{self.shard_id} ({self.host}:{self.port})"

@@ -10,34 +10,40 @@ Shapes: T tokens, D model, K top-k, R routed rows.
 from __future__ import annotations
 
 import logging
-import selectors
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 
-from experts.destinations import choose_shards
-from experts.dispatch import Combined, Handle, finish
+from experts.destinations import LayerDestinations, ShardOrder, choose_shards
+from experts.dispatch import Combined, Handle
 from experts.epoch import Epoch, ShardAddress
-from experts.message import Header, Identity, Kind, request_header
+from experts.lane_request import LaneHandle, LaneRequest, host_rows, request_for_spans, requests_by_shard
+from experts.message import PAIR_BYTES, Identity, encode_request_header
 from experts.placement import ShardId, Slot
-from experts.routed_rows import ExpertSpan, RoutedRows, route_rows
+from experts.routed_rows import scale_copies
+from experts.row_plan import plan_rows
 from experts.transport.base import Connector, Link, LinkError
-from experts.transport.tcp import connect as connect_tcp
+from experts.transport.select import connect_auto
+from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wait_policy
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Request:
-    """Rows under way to one shard. deadline is of time.monotonic()."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Peer:
+    """A shard that lives, as far as is known. requests: under way to it, the oldest first. moved_in: the last turn of
+    the pump in which something came from it."""
 
-    header: Header
-    handle: Handle
-    spans: list[ExpertSpan]
-    deadline: float
+    shard_id: ShardId
+    link: Link
+    dtype: torch.dtype
+    requests: list[LaneRequest] = field(default_factory=list)
+    moved_in: int = -1
 
 
 class LaneDispatcher:
@@ -50,12 +56,13 @@ class LaneDispatcher:
         epoch: Epoch,
         secret: bytes,
         timeout_s: float,
-        connect: Connector = connect_tcp,
+        connect: Connector = connect_auto,
+        wait: WaitPolicy | None = None,
     ) -> None:
         """Connects to every shard that holds slots; one that cannot be had is in ``lost`` from the start.
 
-        timeout_s bounds each connection and each wait for rows. Raises ValueError for an empty secret or a
-        timeout that is not positive.
+        timeout_s bounds each connection and each wait for rows. wait: None is what suits the host. Raises ValueError
+        for an empty secret or a timeout that is not positive.
         """
         if not secret:
             raise ValueError("secret is empty: a lane must be able to prove itself")
@@ -70,16 +77,24 @@ class LaneDispatcher:
         self._copy_offset = zlib.crc32(lane_id.encode())
         self._step: int | None = None
         self._dispatches_of_layer: dict[int, int] = {}
-        self._links: dict[ShardId, Link] = {}
-        self._requests: dict[ShardId, dict[Identity, _Request]] = {}
-        self._selector = selectors.DefaultSelector()
+        self._shard_ids = tuple(epoch.placement.slots_by_shard)
+        self._peers: dict[ShardId, _Peer] = {}
+        # By layer, filled as layers are asked for; void once a shard is lost or another epoch is adopted.
+        self._destinations: dict[int, LayerDestinations] = {}
+        self._poller = Poller(wait or wait_policy())
+        self._turn = 0
         for shard_id in self.lacks(epoch):
             self._open(shard_id)
 
     @property
     def max_rows(self) -> int | None:
         """How many routed rows a dispatch may have; None when no shard is there to say."""
-        return min((link.terms.max_rows for link in self._links.values()), default=None)
+        return min((peer.link.terms.max_rows for peer in self._peers.values()), default=None)
+
+    @property
+    def transports(self) -> dict[ShardId, str]:
+        """By what rows travel to each shard that lives."""
+        return {shard_id: peer.link.transport for shard_id, peer in self._peers.items()}
 
     def begin_step(self, step: int) -> None:
         """Raises ValueError if the step is not above the last one: its messages could be mistaken."""
@@ -94,36 +109,36 @@ class LaneDispatcher:
     ) -> Handle:
         if self._step is None:
             raise ValueError("begin_step must name the step before the first dispatch")
-        routed = route_rows(x_TD, topk_ids_TK, topk_scores_TK)
-        # Sockets send from host memory; on a CPU this copies nothing.
-        routed = replace(routed, x_RD=routed.x_RD.to("cpu"))
-        self._check(layer, routed)
+        destinations = self._destinations_of(layer)
+        scaled_CD = scale_copies(x_TD, topk_ids_TK, topk_scores_TK)
+        self._check(scaled_CD)
+        try:
+            order = destinations.order(topk_ids_TK)
+            plan = plan_rows(topk_ids_TK, order)
+        except IndexError:
+            raise self._not_placed(layer, int(topk_ids_TK.max())) from None
+        rows_RB = host_rows(scaled_CD, plan)
         micro_batch = self._dispatches_of_layer.get(layer, 0)
         self._dispatches_of_layer[layer] = micro_batch + 1
-        handle = Handle(
-            layer=layer,
-            routed=routed,
-            y_RD=torch.empty_like(routed.x_RD),
-            step=self._step,
-            micro_batch=micro_batch,
-        )
-        self._send(handle, routed.spans)
+        handle = LaneHandle(layer, self._step, micro_batch, x_TD, plan, rows_RB, np.empty_like(rows_RB))
+        self._send(handle, order, destinations)
         # Answers are read while rows leave, else two large messages could wait for each other.
-        self._pump(until=lambda: not self._is_sending())
+        self._pump(self._is_sending)
         return handle
 
     def combine(self, handle: Handle) -> Combined:
+        assert isinstance(handle, LaneHandle)
         if handle.abandoned:
             raise ValueError(f"handle of step {handle.step}, layer {handle.layer}: step {self._step} has begun")
-        self._pump(until=lambda: handle.num_pending == 0)
-        return finish(handle)
+        self._pump(lambda: handle.num_pending > 0)
+        return handle.finish()
 
     def close(self) -> None:
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
-        self._requests.clear()
-        self._selector.close()
+        for peer in self._peers.values():
+            self._poller.remove(peer.link)
+            peer.link.close()
+        self._peers.clear()
+        self._poller.close()
 
     # Epochs
 
@@ -134,7 +149,7 @@ class LaneDispatcher:
     def lacks(self, epoch: Epoch) -> tuple[ShardId, ...]:
         """The shards of an epoch to which there is no living link: those must be connected before it is adopted."""
         placement = epoch.placement.slots_by_shard
-        return tuple(shard_id for shard_id, slots in placement.items() if slots and shard_id not in self._links)
+        return tuple(shard_id for shard_id, slots in placement.items() if slots and shard_id not in self._peers)
 
     def connect(self, address: ShardAddress) -> Link:
         """A new link, for ``adopt``. May be called from any thread. Raises LinkError, at the latest at timeout_s."""
@@ -148,10 +163,12 @@ class LaneDispatcher:
         """
         self._abandon_requests()
         stays = {shard_id for shard_id, slots in epoch.placement.slots_by_shard.items() if slots}
-        for shard_id in [*self._links]:
+        for shard_id in [*self._peers]:
             if shard_id not in stays or shard_id in opened:
                 self._drop_link(shard_id)
         self._epoch = epoch
+        self._shard_ids = tuple(epoch.placement.slots_by_shard)
+        self._destinations.clear()
         for shard_id, link in opened.items():
             if shard_id in stays:
                 self._take_link(shard_id, link)
@@ -168,150 +185,187 @@ class LaneDispatcher:
             self.lost[shard_id] = not_connected(address, error)
 
     def _take_link(self, shard_id: ShardId, link: Link) -> None:
-        self._links[shard_id] = link
-        self._requests[shard_id] = {}
-        self._selector.register(link, selectors.EVENT_READ, data=shard_id)
+        peer = _Peer(shard_id=shard_id, link=link, dtype=getattr(torch, link.terms.dtype))
+        self._peers[shard_id] = peer
+        self._poller.add(link, READ, partial(self._advance, peer))
 
-    def _drop_link(self, shard_id: ShardId) -> list[_Request]:
+    def _drop_link(self, shard_id: ShardId) -> list[LaneRequest]:
         """Closes the link and returns the requests that were under way on it."""
-        link = self._links.pop(shard_id)
-        self._selector.unregister(link)
-        link.close()
-        return list(self._requests.pop(shard_id).values())
+        peer = self._peers.pop(shard_id)
+        self._destinations.clear()
+        self._poller.remove(peer.link)
+        peer.link.close()
+        owed, peer.requests = peer.requests, []
+        return owed
 
     def _abandon_requests(self) -> None:
-        for shard_id, requests in self._requests.items():
-            for request in requests.values():
+        for peer in self._peers.values():
+            for request in peer.requests:
                 request.handle.abandoned = True
-                self._links[shard_id].abandon(request.header)
-            requests.clear()
+                peer.link.abandon(request)
+            peer.requests.clear()
 
-    def _check(self, layer: int, routed: RoutedRows) -> None:
-        placement = self._epoch.placement
-        for span in routed.spans:
-            if not placement.shards_of(Slot(layer, span.expert)):
-                raise ValueError(f"expert {span.expert} of layer {layer} is not placed in epoch {self._epoch.number}")
-        num_rows, hidden_size = routed.x_RD.shape
-        dtype = str(routed.x_RD.dtype).removeprefix("torch.")
-        for terms in (link.terms for link in self._links.values()):
-            if (terms.hidden_size, terms.dtype) != (hidden_size, dtype):
+    def _destinations_of(self, layer: int) -> LayerDestinations:
+        known = self._destinations.get(layer)
+        if known is None:
+            slots = [slot for slot in self._epoch.placement.slots if slot.layer == layer]
+            copies = {slot.expert: self._live_copies(slot) for slot in slots}
+            known = LayerDestinations(copies, self._shard_ids, offset=self._copy_offset)
+            self._destinations[layer] = known
+        return known
+
+    def _live_copies(self, slot: Slot) -> list[ShardId]:
+        return [shard_id for shard_id in self._epoch.placement.shards_of(slot) if shard_id in self._peers]
+
+    def _not_placed(self, layer: int, expert: int) -> ValueError:
+        return ValueError(f"expert {expert} of layer {layer} is not placed in epoch {self._epoch.number}")
+
+    def _check(self, x_RD: torch.Tensor) -> None:
+        """Raises ValueError for rows that the shards would not take."""
+        num_rows, hidden_size = x_RD.shape
+        dtype = x_RD.dtype
+        for peer in self._peers.values():
+            terms = peer.link.terms
+            if terms.hidden_size != hidden_size or peer.dtype is not dtype:
                 raise ValueError(
-                    f"rows are {hidden_size} x {dtype}, the shards have {terms.hidden_size} x {terms.dtype}"
+                    f"rows are {hidden_size} x {str(dtype).removeprefix('torch.')}, "
+                    f"the shards have {terms.hidden_size} x {terms.dtype}"
                 )
             if num_rows > terms.max_rows:
                 raise ValueError(f"{num_rows} rows at once, the shards take at most {terms.max_rows}")
 
-    def _send(self, handle: Handle, spans: Sequence[ExpertSpan]) -> None:
-        """Sends each span to a live copy, under the handle's next attempt; without a live copy it is missing."""
-        copies = {span.expert: self._live_copies(handle.layer, span.expert) for span in spans}
-        chosen = choose_shards(copies, offset=self._copy_offset)
-        attempt = handle.num_attempts
-        handle.num_attempts += 1
-        by_shard: dict[ShardId, list[ExpertSpan]] = {}
-        for span in spans:
-            if span.expert in chosen:
-                by_shard.setdefault(chosen[span.expert], []).append(span)
+    def _send(self, handle: LaneHandle, order: ShardOrder, destinations: LayerDestinations) -> None:
+        """Sends all rows, to each shard its run; those of which no copy lives are missing.
+
+        Raises ValueError for an expert that is placed nowhere, before anything is sent.
+        """
+        requests = requests_by_shard(handle, order.shards)
+        if requests and requests[-1][0] == destinations.unplaced:
+            raise self._not_placed(handle.layer, handle.plan.spans[-1].expert)
+        attempt = handle.next_attempt()
+        for shard, request in requests:
+            if shard == destinations.missing:
+                handle.missing.extend([handle.plan.spans[number] for number in request.span_numbers])
             else:
-                handle.missing.append(span)
-        for shard_id, shard_spans in by_shard.items():
-            self._submit(shard_id, handle, shard_spans, attempt)
+                self._submit(self._shard_ids[shard], request, attempt)
 
-    def _live_copies(self, layer: int, expert: int) -> list[ShardId]:
-        return [shard for shard in self._epoch.placement.shards_of(Slot(layer, expert)) if shard in self._links]
+    def _send_again(self, handle: LaneHandle, span_numbers: Sequence[int]) -> None:
+        """Sends spans that a lost shard owed to other copies, under the handle's next attempt."""
+        spans = handle.plan.spans
+        experts = [spans[number].expert for number in span_numbers]
+        copies = {expert: self._live_copies(Slot(handle.layer, expert)) for expert in experts}
+        chosen = choose_shards(copies, offset=self._copy_offset)
+        attempt = handle.next_attempt()
+        by_shard: dict[ShardId, list[int]] = {}
+        for number in span_numbers:
+            shard_id = chosen.get(spans[number].expert)
+            if shard_id is None:
+                handle.missing.append(spans[number])
+            else:
+                by_shard.setdefault(shard_id, []).append(number)
+        for shard_id, numbers in by_shard.items():
+            self._submit(shard_id, request_for_spans(handle, numbers), attempt)
 
-    def _submit(self, shard_id: ShardId, handle: Handle, spans: list[ExpertSpan], attempt: int) -> None:
-        link = self._links.get(shard_id)
-        if link is None:
+    def _submit(self, shard_id: ShardId, request: LaneRequest, attempt: int) -> None:
+        handle = request.handle
+        peer = self._peers.get(shard_id)
+        if peer is None:
             # Lost since it was chosen, while a sibling request was being sent.
-            self._send(handle, spans)
+            self._send_again(handle, request.span_numbers)
             return
-        rows_per_expert = [(span.expert, span.stop - span.start) for span in spans]
-        header = request_header(self._identity(link, handle, attempt), rows_per_expert)
-        self._requests[shard_id][header.identity] = _Request(
-            header=header, handle=handle, spans=spans, deadline=time.monotonic() + self._timeout_s
+        epoch = self._epoch
+        identity = Identity(
+            epoch.number,
+            epoch.weights_version,
+            peer.link.terms.lane,
+            handle.step,
+            handle.layer,
+            handle.micro_batch,
+            attempt,
         )
+        num_slots = len(request.pairs) // PAIR_BYTES
+        request.header = encode_request_header(identity, num_slots=num_slots, num_rows=request.num_rows)
+        request.deadline = time.monotonic() + self._timeout_s
+        peer.requests.append(request)
         handle.num_pending += 1
-        rows = [handle.routed.x_RD[span.start : span.stop] for span in spans]
-        results = [handle.y_RD[span.start : span.stop] for span in spans]
         try:
-            link.submit(header, rows_per_expert, rows, results)
-            self._watch(link, shard_id)
+            peer.link.submit(request)
         except LinkError as error:
-            self._lose(shard_id, phase="send", why=str(error))
-
-    def _identity(self, link: Link, handle: Handle, attempt: int) -> Identity:
-        return Identity(
-            epoch=self._epoch.number,
-            weights_version=self._epoch.weights_version,
-            lane=link.terms.lane,
-            step=handle.step,
-            layer=handle.layer,
-            micro_batch=handle.micro_batch,
-            attempt=attempt,
-        )
+            self._lose(peer, phase="send", why=str(error))
+            return
+        self._watch(peer)
 
     def _is_sending(self) -> bool:
-        return any(requests and self._links[shard].sending for shard, requests in self._requests.items())
+        return any(peer.link.sending for peer in self._peers.values() if peer.requests)
 
-    def _pump(self, *, until: Callable[[], bool]) -> None:
-        """Moves bytes both ways until the condition holds. Ends: every request under way has a deadline."""
+    def _pump(self, is_needed: Callable[[], bool]) -> None:
+        """Moves bytes both ways as long as it is needed. Ends: every request under way has a deadline."""
+        if not is_needed():
+            return
         started_at = time.monotonic()
-        while not until():
-            ready = self._selector.select(self._until_next_deadline())
-            readable = {key.data for key, _events in ready}
-            for shard_id in readable:
-                self._advance(shard_id)
-            self._expire(readable, started_at)
+        deadline = self._next_deadline(started_at)
+        while is_needed():
+            self._turn += 1
+            for on_ready, events in self._poller.wait(max(0.0, deadline - time.monotonic())):
+                on_ready(events)
+            now = time.monotonic()
+            if now > deadline:
+                self._expire(now, started_at)
+                deadline = self._next_deadline(now)
 
-    def _until_next_deadline(self) -> float:
-        deadlines = [request.deadline for requests in self._requests.values() for request in requests.values()]
-        return max(0.0, min(deadlines) - time.monotonic())
+    def _next_deadline(self, now: float) -> float:
+        return min([peer.requests[0].deadline for peer in self._peers.values() if peer.requests], default=now)
 
-    def _advance(self, shard_id: ShardId) -> None:
-        link = self._links.get(shard_id)
-        if link is None:
+    def _advance(self, peer: _Peer, events: int) -> None:
+        if peer.shard_id not in self._peers:
+            # Lost in this very turn.
             return
+        peer.moved_in = self._turn
+        if events & ~(WRITE | NEWS):
+            peer.link.hear()
         refused = None
-        for header in link.advance():
-            if header.kind is Kind.REFUSAL:
-                refused = header.reason
+        for request in peer.link.advance():
+            assert isinstance(request, LaneRequest)
+            if request.refusal is not None:
+                refused = request.refusal
             else:
-                self._requests[shard_id].pop(header.identity).handle.num_pending -= 1
+                peer.requests.remove(request)
+                request.handle.num_pending -= 1
         if refused is not None:
-            self._lose(shard_id, phase="wait", why=f"refused epoch {self._epoch.number}: {refused.name}")
-        elif link.broken is not None:
-            self._lose(shard_id, phase="wait", why=link.broken)
+            self._lose(peer, phase="wait", why=f"refused epoch {self._epoch.number}: {refused.name}")
+        elif peer.link.broken is not None:
+            self._lose(peer, phase="wait", why=peer.link.broken)
         else:
-            self._watch(link, shard_id)
+            self._watch(peer)
 
-    def _expire(self, moving: set[ShardId], started_at: float) -> None:
+    def _expire(self, now: float, started_at: float) -> None:
         """Gives up shards past a deadline. One whose answer is just coming in gets as long again, no more."""
-        now = time.monotonic()
-        for shard_id in list(self._links):
+        for peer in list(self._peers.values()):
             # Losing one shard gives others new requests, and may lose others.
-            deadlines = [request.deadline for request in self._requests.get(shard_id, {}).values()]
-            oldest = min(deadlines, default=now)
-            if now > oldest and (shard_id not in moving or now > max(oldest, started_at) + self._timeout_s):
-                phase = "send" if self._links[shard_id].sending else "wait"
-                self._lose(shard_id, phase=phase, why=f"no answer within {self._timeout_s:g} s")
+            if peer.shard_id not in self._peers or not peer.requests:
+                continue
+            oldest = peer.requests[0].deadline
+            is_moving = peer.moved_in == self._turn
+            if now > oldest and (not is_moving or now > max(oldest, started_at) + self._timeout_s):
+                phase = "send" if peer.link.sending else "wait"
+                self._lose(peer, phase=phase, why=f"no answer within {self._timeout_s:g} s")
 
-    def _watch(self, link: Link, shard_id: ShardId) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.sending else 0)
-        if self._selector.get_key(link).events != events:
-            self._selector.modify(link, events, data=shard_id)
+    def _watch(self, peer: _Peer) -> None:
+        self._poller.change(peer.link, READ | WRITE if peer.link.wants_to_write else READ)
 
-    def _lose(self, shard_id: ShardId, *, phase: str, why: str) -> None:
+    def _lose(self, peer: _Peer, *, phase: str, why: str) -> None:
         """Masks the shard, keeps the reason, and sends what it owed elsewhere. Idempotent."""
-        if shard_id not in self._links:
+        if peer.shard_id not in self._peers:
             return
-        owed = self._drop_link(shard_id)
-        layers = sorted({request.header.identity.layer for request in owed})
+        owed = self._drop_link(peer.shard_id)
+        layers = sorted({request.handle.layer for request in owed})
         where = f"layer {', '.join(map(str, layers))}" if layers else "no rows under way"
-        self.lost[shard_id] = f"shard {self._epoch.address_of(shard_id)}, {where}, phase {phase}: {why}"
-        logger.error("lost %s", self.lost[shard_id])
+        address = self._epoch.address_of(peer.shard_id)
+        self.lost[peer.shard_id] = f"shard {address}, {where}, phase {phase}: {why}"
+        logger.error("lost %s", self.lost[peer.shard_id])
         for request in owed:
             request.handle.num_pending -= 1
-            self._send(request.handle, request.spans)
+            self._send_again(request.handle, request.span_numbers)
 
 
 def not_connected(address: ShardAddress, error: LinkError) -> str:

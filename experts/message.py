@@ -11,17 +11,21 @@ anything of the announced size is allocated.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import pairwise
+from itertools import chain
+from types import MappingProxyType
 from typing import NamedTuple
 
 _HEADER = struct.Struct("<4sBBHQQIQIHHI")
 _ROWS_OF_EXPERT = struct.Struct("<II")
 _MAGIC = b"ARL1"
+# Kind and reason of a reply: the two bytes behind the magic.
+_REPLY_WITHOUT_REASON = b"\x02\x00"
 
 HEADER_BYTES = _HEADER.size
+PAIR_BYTES = _ROWS_OF_EXPERT.size
 RowsPerExpert = tuple[tuple[int, int], ...]
 
 
@@ -33,6 +37,9 @@ class Kind(IntEnum):
     REQUEST = 1
     REPLY = 2
     REFUSAL = 3
+
+
+_KINDS: Mapping[int, Kind] = MappingProxyType({kind.value: kind for kind in Kind})
 
 
 class Refusal(IntEnum):
@@ -77,6 +84,18 @@ def request_header(identity: Identity, rows_per_expert: Sequence[tuple[int, int]
     return Header(kind=Kind.REQUEST, identity=identity, num_slots=len(rows_per_expert), num_rows=num_rows)
 
 
+def encode_request_header(identity: Identity, *, num_slots: int, num_rows: int) -> bytes:
+    return _HEADER.pack(_MAGIC, Kind.REQUEST, 0, num_slots, *identity, num_rows)
+
+
+def reply_header(request: bytes) -> bytes:
+    """The encoded header of the reply to a request, of whose encoding only the header counts.
+
+    Whoever keeps it can tell by comparing bytes that an answer fits the request in every field.
+    """
+    return request[:4] + _REPLY_WITHOUT_REASON + request[6:HEADER_BYTES]
+
+
 def encode_header(header: Header) -> bytes:
     who = header.identity
     return _HEADER.pack(
@@ -97,31 +116,28 @@ def encode_header(header: Header) -> bytes:
 
 def decode_header(encoded: bytes | bytearray | memoryview, *, max_rows: int) -> Header:
     """Raises MessageError naming the field that is out of bounds."""
-    magic, kind, reason, num_slots, *identity, num_rows = _HEADER.unpack(encoded)
+    fields = _HEADER.unpack(encoded)
+    magic, kind, reason, num_slots = fields[:4]
+    num_rows = fields[11]
     if magic != _MAGIC:
         raise MessageError(f"magic is {magic!r}, not {_MAGIC!r}")
     if not 1 <= num_rows <= max_rows:
         raise MessageError(f"num_rows is {num_rows}, must be between 1 and {max_rows}")
     if not 1 <= num_slots <= num_rows:
         raise MessageError(f"num_slots is {num_slots}, must be between 1 and num_rows ({num_rows})")
+    if kind not in _KINDS:
+        raise MessageError(f"kind is {kind}")
     return Header(
-        kind=_kind(kind),
+        kind=_KINDS[kind],
         reason=_reason(kind, reason),
-        identity=Identity(*identity),
+        identity=Identity._make(fields[4:11]),
         num_slots=num_slots,
         num_rows=num_rows,
     )
 
 
-def _kind(kind: int) -> Kind:
-    try:
-        return Kind(kind)
-    except ValueError as error:
-        raise MessageError(f"kind is {kind}") from error
-
-
 def _reason(kind: int, reason: int) -> Refusal | None:
-    if kind != Kind.REFUSAL and reason == 0:
+    if reason == 0 and kind != Kind.REFUSAL:
         return None
     try:
         refusal = Refusal(reason)
@@ -137,18 +153,19 @@ def rows_per_expert_bytes(header: Header) -> int:
 
 
 def encode_rows_per_expert(rows_per_expert: Sequence[tuple[int, int]]) -> bytes:
-    return b"".join(_ROWS_OF_EXPERT.pack(expert, rows) for expert, rows in rows_per_expert)
+    return struct.pack(f"<{2 * len(rows_per_expert)}I", *chain.from_iterable(rows_per_expert))
 
 
 def decode_rows_per_expert(encoded: bytes | bytearray | memoryview, header: Header) -> RowsPerExpert:
     """``(expert, rows)`` pairs, experts ascending. Raises MessageError when they do not fit the header."""
-    rows_per_expert = tuple((expert, rows) for expert, rows in _ROWS_OF_EXPERT.iter_unpack(encoded))
-    experts = [expert for expert, _rows in rows_per_expert]
-    if any(left >= right for left, right in pairwise(experts)):
-        raise MessageError(f"experts do not ascend: {experts}")
-    if any(rows < 1 for _expert, rows in rows_per_expert):
-        raise MessageError(f"an expert with no rows is listed: {rows_per_expert}")
-    total = sum(rows for _expert, rows in rows_per_expert)
+    rows_per_expert = tuple(_ROWS_OF_EXPERT.iter_unpack(encoded))
+    previous, total = -1, 0
+    for expert, rows in rows_per_expert:
+        if expert <= previous:
+            raise MessageError(f"experts do not ascend: {[expert for expert, _rows in rows_per_expert]}")
+        if rows < 1:
+            raise MessageError(f"an expert with no rows is listed: {rows_per_expert}")
+        previous, total = expert, total + rows
     if total != header.num_rows:
         raise MessageError(f"rows per expert add up to {total}, num_rows is {header.num_rows}")
     return rows_per_expert

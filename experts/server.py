@@ -1,4 +1,4 @@
-"""The service loop of a shard: one thread, many lanes.
+"""The service loop of a shard: one thread, many lanes of either transport.
 
 It reads whatever has arrived, computes one tile, sends what is ready, and looks again. It never blocks on a
 router: results overwrite the rows they answer and leave as the router takes them. A lane that breaks the protocol
@@ -8,38 +8,32 @@ is closed and counted; the others do not notice.
 from __future__ import annotations
 
 import logging
-import selectors
 import socket
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import torch
 
+from experts.doors import Doors
+from experts.epoch import ShardAddress
 from experts.message import Header, MessageError, Refusal, RowsPerExpert
-from experts.placement import Slot
+from experts.server_limits import ServerLimits, ServerStats
 from experts.shard import Shard
 from experts.tiles import ExpertTile, TileQueue
-from experts.transport.base import LaneEnd, LinkError
-from experts.transport.tcp_listener import LaneRules, TcpListener
+from experts.transport.base import LaneEnd, LinkError, Listener
+from experts.transport.host_id import host_id
+from experts.transport.rules import LaneRules
+from experts.transport.shm_listener import ShmListener
+from experts.transport.tcp_listener import TcpListener
+from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wait_policy
 
 _LOG = logging.getLogger(__name__)
 
-# How long the shard leaves its listener alone when the system gives it no further socket.
-_DEAF_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLimits:
-    """max_rows: of one request. max_unanswered: requests of one lane before the shard stops reading it."""
-
-    max_rows: int = 1 << 16
-    max_lanes: int = 1024
-    max_unanswered: int = 8
-    opening_s: float = 5.0
-    dead_after_s: float = 20.0
+# The longest sleep: openings that take too long are noticed in this time.
+_IDLE_S = 1.0
 
 
 class _Closing(IntEnum):
@@ -48,17 +42,6 @@ class _Closing(IntEnum):
     NO = 0
     DRAINING = 1
     STOPPING = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerStats:
-    """progress ticks once per tile. refused counts lanes closed for what they sent, by kind of error."""
-
-    progress: int
-    busy_s: float
-    num_lanes: int
-    refused: dict[str, int]
-    num_refused_requests: int
 
 
 class ShardServer:
@@ -73,8 +56,9 @@ class ShardServer:
         port: int = 0,
         num_threads: int = 1,
         limits: ServerLimits | None = None,
+        wait: WaitPolicy | None = None,
     ) -> None:
-        """Binds the port (0: the system chooses). num_threads: of one matmul.
+        """Binds the port (0: the system chooses). num_threads: of one matmul. wait: None is what suits the host.
 
         Raises ValueError for an empty secret, OSError if the port cannot be had.
         """
@@ -83,21 +67,27 @@ class ShardServer:
         self._shard = shard
         self._limits = limits or ServerLimits()
         self._num_threads = num_threads
-        self._listener = TcpListener(host, port, self._rules(secret))
-        self._selector = selectors.DefaultSelector()
+        self._on_cpu = shard.device.type == "cpu"
+        rules = self._rules(secret)
+        self._tcp = TcpListener(host, port, rules)
+        self._shm = ShmListener(rules) if host_id() is not None else None
+        self._poller = Poller(wait or wait_policy())
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name=f"shard-{shard.shard_id}", daemon=True)
         self._closing = _Closing.NO
         self._drain_deadline = 0.0
         # What follows belongs to the thread; others only read it.
         self._tiles = TileQueue()
-        self._opened_at: dict[LaneEnd, float] = {}
-        self._num_accepted = 0
-        self._deaf_until = 0.0
+        # With what is watched for at each.
+        self._lanes: dict[LaneEnd, int] = {}
         self._progress = 0
         self._busy_s = 0.0
         self._refused: Counter[str] = Counter()
         self._num_refused_requests = 0
+        listeners: list[Listener] = [self._tcp] if self._shm is None else [self._tcp, self._shm]
+        self._doors = Doors(
+            listeners, poller=self._poller, limits=self._limits, refused=self._refused, on_lane=self._greet
+        )
         self.error: BaseException | None = None
 
     def _rules(self, secret: bytes) -> LaneRules:
@@ -113,17 +103,28 @@ class ShardServer:
 
     @property
     def host(self) -> str:
-        return self._listener.host
+        return self._tcp.host
 
     @property
     def port(self) -> int:
-        return self._listener.port
+        return self._tcp.port
+
+    def address(self, node_id: str) -> ShardAddress:
+        """Where routers find this service, by either transport."""
+        return ShardAddress(
+            shard_id=self._shard.shard_id,
+            node_id=node_id,
+            host=self._tcp.host,
+            port=self._tcp.port,
+            host_id=host_id(),
+            unix_name=None if self._shm is None else self._shm.unix_name,
+        )
 
     def stats(self) -> ServerStats:
         return ServerStats(
             progress=self._progress,
             busy_s=self._busy_s,
-            num_lanes=len(self._opened_at),
+            lanes=dict(Counter([lane.transport for lane in tuple(self._lanes)])),
             refused=dict(self._refused),
             num_refused_requests=self._num_refused_requests,
         )
@@ -167,9 +168,13 @@ class ShardServer:
             self._close_everything()
 
     def _serve(self) -> None:
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+        self._poller.add(self._wake_receiver, READ, lambda _events: self._wake_receiver.recv(64))
+        self._doors.open()
         while not self._finished():
-            self._poll(timeout_s=0.0 if self._tiles else 1.0)
+            for on_ready, events in self._poller.wait(0.0 if self._tiles else _IDLE_S):
+                on_ready(events)
+            for lane in self._doors.overdue():
+                self._refuse_lane(lane, "opening timed out")
             if self._tiles:
                 self._compute_tile()
             if self._shard.has_retired:
@@ -178,59 +183,31 @@ class ShardServer:
     def _finished(self) -> bool:
         if self._closing is not _Closing.DRAINING:
             return self._closing is _Closing.STOPPING
-        idle = not self._tiles and not any(lane.sending for lane in self._opened_at)
+        idle = not self._tiles and not any(lane.sending for lane in self._lanes)
         return idle or time.monotonic() > self._drain_deadline
 
-    def _poll(self, timeout_s: float) -> None:
-        self._listen_again()
-        for key, events in self._selector.select(timeout_s):
-            if key.fileobj is self._listener:
-                self._accept()
-            elif key.fileobj is self._wake_receiver:
-                self._wake_receiver.recv(64)
-            elif key.fileobj in self._opened_at:
-                self._serve_lane(key.data, events)
-        self._close_unopened()
-
-    def _accept(self) -> None:
-        self._num_accepted += 1
-        try:
-            lane = self._listener.accept(self._num_accepted)
-        except OSError as error:
-            # Out of file descriptors, mostly. The listener would stay ready and keep the loop spinning.
-            _LOG.warning("shard %s takes no lane for now: %s", self._shard.shard_id, error)
-            self._refused["no socket"] += 1
-            self._selector.unregister(self._listener)
-            self._deaf_until = time.monotonic() + _DEAF_S
-            return
-        if lane is None:
-            return
-        if self._closing is not _Closing.NO:
-            lane.close()
-            return
-        if len(self._opened_at) >= self._limits.max_lanes:
+    def _greet(self, lane: LaneEnd) -> bool:
+        """Whether the lane may stay."""
+        full = len(self._lanes) >= self._limits.max_lanes
+        if full:
             self._refused["too many lanes"] += 1
+        if full or self._closing is not _Closing.NO:
             lane.close()
-            return
-        self._opened_at[lane] = time.monotonic()
-        self._selector.register(lane, selectors.EVENT_READ, data=lane)
-
-    def _listen_again(self) -> None:
-        if self._listener not in self._selector.get_map() and time.monotonic() > self._deaf_until:
-            self._selector.register(self._listener, selectors.EVENT_READ)
-
-    def _close_unopened(self) -> None:
-        latest = time.monotonic() - self._limits.opening_s
-        for lane in [lane for lane, at in self._opened_at.items() if lane.lane_id is None and at < latest]:
-            self._refuse_lane(lane, "opening timed out")
+            return False
+        self._lanes[lane] = READ
+        self._poller.add(lane, READ, partial(self._serve_lane, lane))
+        return True
 
     def _serve_lane(self, lane: LaneEnd, events: int) -> None:
+        if lane not in self._lanes:
+            return
         try:
-            if events & selectors.EVENT_WRITE:
+            if events & WRITE:
                 lane.flush()
-            if events & selectors.EVENT_READ:
-                for request in lane.receive():
-                    self._tiles.add(lane, request)
+            if events & ~(WRITE | NEWS):
+                lane.hear()
+            for request in lane.receive():
+                self._tiles.add(lane, request)
             self._watch(lane)
         except LinkError as error:
             self._drop_lane(lane, str(error))
@@ -240,22 +217,19 @@ class ShardServer:
 
     def _watch(self, lane: LaneEnd) -> None:
         """Reads on only while the lane has room for answers. A lane with neither event waits for its tile."""
-        read = selectors.EVENT_READ if lane.num_unanswered < self._limits.max_unanswered else 0
-        events = read | (selectors.EVENT_WRITE if lane.sending else 0)
-        registered = self._selector.get_map().get(lane)
-        if registered is None:
-            if events:
-                self._selector.register(lane, events, data=lane)
-        elif not events:
-            self._selector.unregister(lane)
-        elif registered.events != events:
-            self._selector.modify(lane, events, data=lane)
+        events = READ if lane.num_unanswered < self._limits.max_unanswered else 0
+        if lane.sending:
+            events |= WRITE
+        if self._lanes[lane] != events:
+            self._lanes[lane] = events
+            self._poller.change(lane, events)
 
     def _admit(self, header: Header, rows_per_expert: RowsPerExpert) -> Refusal | None:
         who = header.identity
-        slots = [Slot(who.layer, expert) for expert, _rows in rows_per_expert]
+        slots = [(who.layer, expert) for expert, _rows in rows_per_expert]
         reason = self._shard.refusal(epoch=who.epoch, weights_version=who.weights_version, slots=slots)
-        self._num_refused_requests += reason is not None
+        if reason is not None:
+            self._num_refused_requests += 1
         return reason
 
     def _compute_tile(self) -> None:
@@ -272,11 +246,17 @@ class ShardServer:
                 self._drop_lane(lane, str(error))
 
     def _compute_expert(self, tile: ExpertTile) -> None:
-        parts_RD = tile.parts_RD
+        slot, parts_RD = tile
         x_RD = parts_RD[0] if len(parts_RD) == 1 else torch.cat(parts_RD)
-        y_RD = self._shard.apply_expert(tile.slot, x_RD.to(self._shard.device))
-        for part_RD, result_RD in zip(parts_RD, torch.split(y_RD, [len(part) for part in parts_RD]), strict=True):
-            part_RD.copy_(result_RD)
+        y_RD = self._shard.apply_expert(slot, x_RD if self._on_cpu else x_RD.to(self._shard.device))
+        if len(parts_RD) == 1:
+            x_RD.copy_(y_RD)
+            return
+        start = 0
+        for part_RD in parts_RD:
+            stop = start + part_RD.shape[0]
+            part_RD.copy_(y_RD[start:stop])
+            start = stop
 
     def _refuse_lane(self, lane: LaneEnd, kind: str) -> None:
         self._refused[kind] += 1
@@ -284,18 +264,19 @@ class ShardServer:
 
     def _drop_lane(self, lane: LaneEnd, reason: str) -> None:
         """Closes the lane and forgets its requests. Idempotent: a lane may break twice within one tile."""
-        if self._opened_at.pop(lane, None) is None:
+        if lane not in self._lanes:
             return
+        del self._lanes[lane]
         _LOG.info("shard %s: lane %s ends: %s", self._shard.shard_id, lane.lane_id, reason)
         self._tiles.drop(lane)
-        if lane in self._selector.get_map():
-            self._selector.unregister(lane)
+        self._doors.forget(lane)
+        self._poller.remove(lane)
         lane.close()
 
     def _close_everything(self) -> None:
-        for lane in list(self._opened_at):
+        for lane in list(self._lanes):
             self._drop_lane(lane, "the shard closes")
-        self._selector.close()
-        self._listener.close()
+        self._poller.close()
+        self._doors.close()
         self._wake_receiver.close()
         self._wake_sender.close()

@@ -109,7 +109,7 @@ class Shard:
             self._slots = {slot: mlp for slot, mlp in self._slots.items() if slot not in freed}
             self._retired -= freed
 
-    def refusal(self, *, epoch: int, weights_version: int, slots: Iterable[Slot]) -> Refusal | None:
+    def refusal(self, *, epoch: int, weights_version: int, slots: Iterable[tuple[int, int]]) -> Refusal | None:
         """Why a request must be refused; None when it may be computed."""
         placed = self._epochs.get(epoch)
         if placed is None:
@@ -123,10 +123,11 @@ class Shard:
 
         Raises ValueError when the slot is not loaded.
         """
-        if slot not in self._slots:
+        mlp = self._slots.get(slot)
+        if mlp is None:
             raise ValueError(f"slot {slot} is not loaded on {self.shard_id}")
         self.load.add(slot, x_RD.shape[0])
-        return self._slots[slot](x_RD)
+        return mlp(x_RD)
 
     def apply(self, layer: int, x_RD: torch.Tensor, rows_per_expert: Sequence[tuple[int, int]]) -> torch.Tensor:
         """y_RD for rows grouped by expert: rows_per_expert lists ``(expert, number of rows)`` in row order.

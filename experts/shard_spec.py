@@ -12,7 +12,8 @@ from experts.placement import ShardId, Slot
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
     """model: a folder or a hub id; its experts have the given shape, by its configuration. dtype: torch's name, for
-    example "bfloat16". num_threads: of one matmul."""
+    example "bfloat16". num_threads: of one matmul. lane_spin_us: how long the service looks for rows before it sleeps,
+    None for what suits the host."""
 
     shard_id: ShardId
     model: str
@@ -24,3 +25,4 @@ class ShardSpec:
     secret: bytes
     weights_version: int
     log: LogSettings = field(default_factory=LogSettings)
+    lane_spin_us: int | None = None

@@ -55,6 +55,13 @@ class _Waiting:
             del self.spans[expert]
         return self.request.x_RD[start:end]
 
+    def cut_all(self) -> list[ExpertTile]:
+        """Hands out everything that is left."""
+        layer, x_RD = self.layer, self.request.x_RD
+        tiles = [ExpertTile(Slot(layer, expert), [x_RD[start:stop]]) for expert, (start, stop) in self.spans.items()]
+        self.spans.clear()
+        return tiles
+
 
 class TileQueue:
     """Requests of all lanes. Take a tile, compute it, pop what is finished, take the next."""
@@ -75,7 +82,7 @@ class TileQueue:
 
     def add(self, lane: LaneEnd, request: RowRequest) -> None:
         spans: dict[int, tuple[int, int]] = {}
-        start = 0
+        start = request.first_row
         for expert, rows in request.rows_per_expert:
             spans[expert] = (start, start + rows)
             start += rows
@@ -88,6 +95,8 @@ class TileQueue:
     def take(self) -> list[ExpertTile]:
         """The next tile: up to tile_rows rows of the leader, each expert with the rows that join. Never empty."""
         leader = self._next_leader()
+        if len(self._waiting) == 1 and leader.request.header.num_rows <= self._tile_rows:
+            return leader.cut_all()
         tiles: list[ExpertTile] = []
         budget = self._tile_rows
         while budget > 0 and leader.spans:
@@ -100,9 +109,9 @@ class TileQueue:
 
     def pop_finished(self) -> list[tuple[LaneEnd, RowRequest]]:
         """Removes and returns the requests all of whose rows were handed out."""
-        finished = [waiting for waiting in self._waiting if not waiting.spans]
+        finished = [(waiting.lane, waiting.request) for waiting in self._waiting if not waiting.spans]
         self._waiting = [waiting for waiting in self._waiting if waiting.spans]
-        return [(waiting.lane, waiting.request) for waiting in finished]
+        return finished
 
     def _next_leader(self) -> _Waiting:
         self._oldest_leads = not self._oldest_leads

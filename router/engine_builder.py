@@ -18,6 +18,8 @@ from experts.memory import free_bytes
 from experts.placement import ShardId, Slot
 from experts.progress import Progress, log_progress
 from experts.shard import Shard
+from experts.transport.select import connector
+from experts.transport.waiting import wait_policy
 from experts.weights import load_slots, validate_experts
 from router.capacity import KvCapacity, KvDemand, fitting_capacity, fixed_capacity
 from router.config import ModelConfig
@@ -131,7 +133,10 @@ def _reach_experts(
             epoch=Epoch.from_dict(start.epoch),
             secret=start.secret,
             timeout_s=start.settings.lane_timeout_s,
+            connect=connector(start.settings.lane_transport),
+            wait=wait_policy(start.settings.lane_spin_us),
         )
+        logger.info("lanes: %s", ", ".join(f"{shard_id} by {name}" for shard_id, name in lanes.transports.items()))
         _check_step_size(start.settings, config, lanes)
         for shard_id, reason in lanes.lost.items():
             logger.error("%s is lost from the start: %s", shard_id, reason)

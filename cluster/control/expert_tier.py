@@ -186,6 +186,7 @@ class ExpertTier:
             dtype=config.dtype,
             device=config.device,
             num_threads=config.shard_threads or 1,
+            lane_spin_us=config.lane_spin_us,
             secret=self._memory.state.secret,
             weights_version=WEIGHTS_VERSION,
             log=config.log_settings,

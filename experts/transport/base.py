@@ -1,19 +1,19 @@
 """What a transport offers: the two ends of one (router rank, shard) pair. The logic above knows no sockets.
 
-Both ends are non-blocking and driven by a selector: wait until ``fileno()`` is readable (or writable while
-``sending``), then let the end advance.
+Both ends are non-blocking and driven by a poller (waiting.py): it says which end has something to ``hear`` on its
+socket and which has news in memory; then the end advances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from experts.epoch import ShardAddress
-from experts.message import Header, RowsPerExpert
+from experts.message import Header, Refusal, RowsPerExpert
 from experts.opening import LaneTerms
 
 
@@ -21,17 +21,66 @@ class LinkError(ConnectionError):
     """The pair is broken: closed, timed out, or the other end broke the protocol. The text says which."""
 
 
+@dataclass(slots=True, eq=False)
+class LinkRequest:
+    """Rows that a router sends to a shard, and where the results go: bytes, in the same order.
+
+    All stay untouched by the caller until the request is answered or abandoned. header, pairs: as message.py encodes
+    them. What stands behind num_rows is the link's: refusal says why the shard would not, abandoned that nobody waits
+    for the answer any more, first_row and rows_at where it lies in a region.
+    """
+
+    header: bytes
+    pairs: bytes | memoryview
+    rows: Sequence[memoryview]
+    results: Sequence[memoryview]
+    num_rows: int
+    refusal: Refusal | None = None
+    abandoned: bool = False
+    first_row: int = 0
+    rows_at: int = 0
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class RowRequest:
-    """A request that has arrived at the shard. Its results overwrite x_RD, so the reply needs no space."""
+    """A request that has arrived at the shard. Its rows are those of x_RD from first_row on; its results overwrite
+    them, so the reply needs no space. reply, for the transport that it came by, is the encoded header of that."""
 
     header: Header
     rows_per_expert: RowsPerExpert
     x_RD: torch.Tensor
+    first_row: int = 0
+    reply: bytes = b""
 
 
-class Link(Protocol):
+class Pollable(Protocol):
+    """What a poller waits for: a socket, and for an ``InMemory`` end also the memory beside it."""
+
+    def fileno(self) -> int: ...
+
+
+@runtime_checkable
+class InMemory(Protocol):
+    """An end whose news may lie in memory; waiting.py tells how these serve a wait."""
+
+    def fileno(self) -> int: ...
+
+    def has_news(self) -> bool:
+        """Whether the other end has published something that was not taken yet. Cheap."""
+
+    def fall_asleep(self) -> None:
+        """From now on the other end rings at the socket whenever it publishes."""
+
+    def wake_up(self) -> None:
+        """No more ringing; the inverse of fall_asleep."""
+
+
+class Link(Pollable, Protocol):
     """The router's end of a pair."""
+
+    @property
+    def transport(self) -> str:
+        """Its name in transport/select.py."""
 
     @property
     def terms(self) -> LaneTerms: ...
@@ -41,30 +90,26 @@ class Link(Protocol):
         """Rows are waiting for the pair to take them."""
 
     @property
+    def wants_to_write(self) -> bool:
+        """``sending``, and what it waits for is room in the socket."""
+
+    @property
     def broken(self) -> str | None:
-        """Why the last ``advance`` found the pair broken; None while it is whole."""
+        """Why the pair is found broken; None while it is whole."""
 
-    def fileno(self) -> int: ...
+    def submit(self, request: LinkRequest) -> None:
+        """Starts a request; never blocks. Raises LinkError."""
 
-    def submit(
-        self,
-        header: Header,
-        rows_per_expert: Sequence[tuple[int, int]],
-        rows: Sequence[torch.Tensor],
-        results: Sequence[torch.Tensor],
-    ) -> None:
-        """Starts a request; never blocks. rows are sent as they lie one after the other, results filled likewise.
+    def hear(self) -> None:
+        """Reads what is on the socket. Does not raise: see ``broken``."""
 
-        Both stay untouched by the caller until the answer arrives or the request is abandoned. Raises LinkError.
-        """
-
-    def advance(self) -> list[Header]:
-        """Moves what can be moved; returns the headers of the replies and refusals completed.
+    def advance(self) -> list[LinkRequest]:
+        """Moves what can be moved; returns the requests that have been answered or refused.
 
         Does not raise: an answer that arrived just before the pair broke still counts. See ``broken``.
         """
 
-    def abandon(self, header: Header) -> None:
+    def abandon(self, request: LinkRequest) -> None:
         """Nobody waits for this request any more: its answer will be read and dropped."""
 
     def close(self) -> None: ...
@@ -75,8 +120,11 @@ class Connector(Protocol):
         """Connects and opens a lane. Raises LinkError, at the latest after timeout_s."""
 
 
-class LaneEnd(Protocol):
+class LaneEnd(Pollable, Protocol):
     """The shard's end of a pair, from the first byte of its opening on."""
+
+    @property
+    def transport(self) -> str: ...
 
     @property
     def lane_id(self) -> str | None:
@@ -89,14 +137,13 @@ class LaneEnd(Protocol):
     def num_unanswered(self) -> int:
         """Requests handed out by ``receive`` whose replies have not left entirely."""
 
-    def fileno(self) -> int: ...
+    def hear(self) -> None:
+        """Reads what is on the socket. Raises LinkError when the router is gone and MessageError when it is to be
+        refused as a whole."""
 
     def receive(self) -> list[RowRequest]:
-        """Reads what has arrived, up to a bounded number of bytes; returns the requests completed.
-
-        Requests that the shard does not admit are refused on the way. Raises LinkError when the router is gone
-        and MessageError when it is to be refused as a whole.
-        """
+        """The requests that have arrived whole, a bounded number of bytes at a time. Requests that the shard does
+        not admit are refused on the way. Raises as ``hear`` does."""
 
     def reply(self, request: RowRequest) -> None:
         """Starts to send the results that overwrote the request's rows; never blocks. Raises LinkError."""
@@ -107,16 +154,8 @@ class LaneEnd(Protocol):
     def close(self) -> None: ...
 
 
-class Listener(Protocol):
+class Listener(Pollable, Protocol):
     """Where routers knock."""
-
-    @property
-    def host(self) -> str: ...
-
-    @property
-    def port(self) -> int: ...
-
-    def fileno(self) -> int: ...
 
     def accept(self, lane: int) -> LaneEnd | None:
         """The next router's end under this lane number; None when there was none after all.

@@ -19,11 +19,14 @@ _FRAME_BYTES = 1 << 20
 # Linux takes at most 1024 buffers in one call (IOV_MAX).
 _MAX_BUFFERS = 512
 _SCRATCH_BYTES = 1 << 16
+# Short messages are read in one call, into a buffer from which the parser gets its pieces.
+_STAGING_BYTES = 1 << 16
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without a copy."""
-    return tensor.detach().view(torch.uint8).numpy().data.cast("B")
+    flat = tensor.detach().view(torch.uint8).numpy().reshape(-1)
+    return flat.data
 
 
 def discard(num_bytes: int) -> Parser:
@@ -44,6 +47,7 @@ class ByteStream:
         self._parser = parser
         self._wanted = next(parser)
         self._outgoing: deque[memoryview] = deque()
+        self._staging = memoryview(bytearray(_STAGING_BYTES))
 
     @property
     def sending(self) -> bool:
@@ -80,18 +84,36 @@ class ByteStream:
         """Feeds the parser with what is there, one frame at most. Raises LinkError, also at the end of the stream."""
         budget = _FRAME_BYTES
         while budget > 0:
+            into = self._staging if len(self._wanted) < _STAGING_BYTES else self._wanted[:budget]
             try:
-                count = self._socket.recv_into(self._wanted[:budget])
+                count = self._socket.recv_into(into)
             except BlockingIOError:
                 return
             except OSError as error:
                 raise LinkError(f"receiving failed: {error}") from error
             if count == 0:
                 raise LinkError("closed by the other end")
+            self._feed(into, count)
+            if count < len(into):
+                # Nothing more is there, most likely; if there is, the poller says so.
+                return
             budget -= count
-            self._wanted = self._wanted[count:]
-            if not self._wanted:
-                self._wanted = next(self._parser)
+
+    def _feed(self, received: memoryview, count: int) -> None:
+        if received is not self._staging:
+            self._advance(count)
+            return
+        start = 0
+        while start < count:
+            piece = min(count - start, len(self._wanted))
+            self._wanted[:piece] = received[start : start + piece]
+            self._advance(piece)
+            start += piece
+
+    def _advance(self, count: int) -> None:
+        self._wanted = self._wanted[count:]
+        if not self._wanted:
+            self._wanted = next(self._parser)
 
     def close(self) -> None:
         """Idempotent. Frees the parser and what it holds."""

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Generator
 
 import torch
 
 from experts.epoch import ShardAddress
-from experts.message import (
-    HEADER_BYTES,
-    Header,
-    Identity,
-    Kind,
-    MessageError,
-    decode_header,
-    encode_header,
-    encode_rows_per_expert,
-)
-from experts.opening import (
-    CHALLENGE_BYTES,
-    NONCE_BYTES,
-    WELCOME_BYTES,
-    LaneTerms,
-    OpeningError,
-    check_welcome,
-    make_answer,
-)
-from experts.transport.base import Link, LinkError
-from experts.transport.exact_read import read_exactly
-from experts.transport.stream import ByteStream, Parser, byte_view, discard, tune
+from experts.message import HEADER_BYTES, Kind, MessageError
+from experts.opening import LaneTerms, OpeningError
+from experts.transport.base import Link, LinkError, LinkRequest
+from experts.transport.router_opening import open_lane
+from experts.transport.stream import ByteStream, Parser, discard, tune
+from experts.transport.under_way import UnderWay
 
 
 def connect(address: ShardAddress, *, lane_id: str, secret: bytes, timeout_s: float) -> Link:
@@ -43,89 +26,81 @@ def connect(address: ShardAddress, *, lane_id: str, secret: bytes, timeout_s: fl
         raise LinkError(f"phase connect: {error}") from error
     try:
         tune(sock, dead_after_s=timeout_s)
-        terms = _open(sock, address, lane_id, secret, deadline)
+        terms = open_lane(sock, address, lane_id=lane_id, secret=secret, deadline=deadline)
     except (OSError, OpeningError) as error:
         sock.close()
         raise LinkError(f"phase opening: {error}") from error
     return TcpLink(sock, terms)
 
 
-def _open(sock: socket.socket, address: ShardAddress, lane_id: str, secret: bytes, deadline: float) -> LaneTerms:
-    challenge = read_exactly(sock, CHALLENGE_BYTES, deadline)
-    answer = make_answer(
-        challenge, secret=secret, nonce=os.urandom(NONCE_BYTES), shard_id=address.shard_id, lane_id=lane_id
-    )
-    sock.sendall(answer)
-    welcome = read_exactly(sock, WELCOME_BYTES, deadline)
-    return check_welcome(welcome, challenge=challenge, answer=answer, secret=secret)
-
-
 class TcpLink:
     """Made by ``connect``. Once broken only ``close`` is of use: there is no silent reconnect."""
+
+    transport = "tcp"
 
     def __init__(self, sock: socket.socket, terms: LaneTerms) -> None:
         self.terms = terms
         self.broken: str | None = None
         self._row_bytes = terms.hidden_size * getattr(torch, terms.dtype).itemsize
-        self._expected: dict[Identity, tuple[Header, list[memoryview]]] = {}
-        self._arrived: list[Header] = []
+        self._under_way = UnderWay(terms.max_rows)
+        self._answered: list[LinkRequest] = []
         self._stream = ByteStream(sock, self._parse())
 
     @property
     def sending(self) -> bool:
         return self._stream.sending
 
+    @property
+    def wants_to_write(self) -> bool:
+        return self._stream.sending
+
     def fileno(self) -> int:
         return self._stream.fileno()
 
-    def submit(
-        self,
-        header: Header,
-        rows_per_expert: Sequence[tuple[int, int]],
-        rows: Sequence[torch.Tensor],
-        results: Sequence[torch.Tensor],
-    ) -> None:
-        self._expected[header.identity] = (header, [byte_view(result) for result in results])
-        opening = encode_header(header) + encode_rows_per_expert(rows_per_expert)
-        self._stream.send([opening, *(byte_view(part) for part in rows)])
+    def submit(self, request: LinkRequest) -> None:
+        self._under_way.add(request)
+        self._stream.send([request.header, request.pairs, *request.rows])
 
-    def advance(self) -> list[Header]:
+    def hear(self) -> None:
         try:
             self._stream.receive()
-            self._stream.flush()
         except MessageError as error:
             self.broken = f"broke the protocol: {error}"
         except LinkError as error:
             self.broken = str(error)
-        arrived, self._arrived = self._arrived, []
-        return arrived
 
-    def abandon(self, header: Header) -> None:
-        self._expected.pop(header.identity, None)
+    def advance(self) -> list[LinkRequest]:
+        try:
+            self._stream.flush()
+        except LinkError as error:
+            self.broken = self.broken or str(error)
+        answered, self._answered = self._answered, []
+        return answered
+
+    def abandon(self, request: LinkRequest) -> None:
+        request.abandoned = True
 
     def close(self) -> None:
         self._stream.close()
-        self._expected.clear()
 
     def _parse(self) -> Parser:
-        encoded = memoryview(bytearray(HEADER_BYTES))
+        encoded = bytearray(HEADER_BYTES)
         while True:
-            yield encoded
-            header = decode_header(encoded, max_rows=self.terms.max_rows)
-            if header.kind is Kind.REQUEST:
-                raise MessageError("a shard sent a request")
-            if header.kind is Kind.REPLY:
-                yield from self._parse_rows(header)
-            # An answer that nobody waits for, an abandoned attempt's, ends here.
-            if self._expected.pop(header.identity, None) is not None:
-                self._arrived.append(header)
+            yield memoryview(encoded)
+            answer = bytes(encoded)
+            request = self._under_way.get(answer)
+            if request is not None and not request.abandoned:
+                yield from request.results
+                self._under_way.pop(answer)
+            else:
+                request = yield from self._parse_unexpected(answer)
+            # It may have been abandoned while its rows came in.
+            if request is not None and not request.abandoned:
+                self._answered.append(request)
 
-    def _parse_rows(self, header: Header) -> Parser:
-        expected = self._expected.get(header.identity)
-        if expected is None:
+    def _parse_unexpected(self, answer: bytes) -> Generator[memoryview, None, LinkRequest | None]:
+        """A refusal, or the reply to an abandoned attempt, which ends here."""
+        header = self._under_way.judge(answer)
+        if header.kind is Kind.REPLY:
             yield from discard(header.num_rows * self._row_bytes)
-            return
-        request, results = expected
-        if (header.num_rows, header.num_slots) != (request.num_rows, request.num_slots):
-            raise MessageError(f"the reply has {header.num_rows} rows, the request had {request.num_rows}")
-        yield from results
+        return self._under_way.take_out(header, answer)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -14,38 +12,18 @@ from experts.message import (
     Header,
     Kind,
     MessageError,
-    Refusal,
-    RowsPerExpert,
     decode_header,
     decode_rows_per_expert,
     encode_header,
+    reply_header,
     rows_per_expert_bytes,
 )
-from experts.opening import (
-    ANSWER_BYTES,
-    NONCE_BYTES,
-    LaneTerms,
-    check_answer,
-    make_challenge,
-    make_welcome,
-)
+from experts.opening import ANSWER_BYTES, NONCE_BYTES, make_challenge
 from experts.transport.base import RowRequest
+from experts.transport.rules import LaneRules
 from experts.transport.stream import ByteStream, Parser, byte_view, discard, tune
 
 _BACKLOG = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneRules:
-    """What the shard asks of its lanes. ``admit`` says why a well-formed request is refused, None if it is not."""
-
-    secret: bytes
-    shard_id: str
-    hidden_size: int
-    dtype: torch.dtype
-    max_rows: int
-    dead_after_s: float
-    admit: Callable[[Header, RowsPerExpert], Refusal | None]
 
 
 class TcpListener:
@@ -84,6 +62,8 @@ class TcpListener:
 class TcpLane:
     """One router's lane, from the challenge on. Made by ``TcpListener.accept``."""
 
+    transport = "tcp"
+
     def __init__(self, sock: socket.socket, lane: int, rules: LaneRules) -> None:
         self.lane_id: str | None = None
         self._num_computing = 0
@@ -110,15 +90,17 @@ class TcpLane:
         """Sends the first message of the opening. Raises LinkError."""
         self._stream.send([self._challenge])
 
-    def receive(self) -> list[RowRequest]:
+    def hear(self) -> None:
         self._stream.receive()
+
+    def receive(self) -> list[RowRequest]:
         arrived, self._arrived = self._arrived, []
         return arrived
 
     def reply(self, request: RowRequest) -> None:
         self._num_computing -= 1
         self._num_leaving = 1 + (self._num_leaving if self.sending else 0)
-        self._stream.send([encode_header(request.header.reply()), byte_view(request.x_RD)])
+        self._stream.send([request.reply, byte_view(request.x_RD)])
 
     def flush(self) -> None:
         self._stream.flush()
@@ -129,38 +111,28 @@ class TcpLane:
     def _parse(self) -> Parser:
         answer = bytearray(ANSWER_BYTES)
         yield memoryview(answer)
-        self._welcome(bytes(answer))
-        encoded = memoryview(bytearray(HEADER_BYTES))
+        self.lane_id, welcome = self._rules.welcome(bytes(answer), challenge=self._challenge, lane=self._lane)
+        self._stream.send([welcome])
+        encoded = bytearray(HEADER_BYTES)
         while True:
-            yield encoded
+            yield memoryview(encoded)
             header = decode_header(encoded, max_rows=self._rules.max_rows)
             if header.kind is not Kind.REQUEST:
                 raise MessageError(f"a router sent a message of kind {header.kind.name}")
             if header.identity.lane != self._lane:
                 raise MessageError(f"lane is {header.identity.lane}, this one has number {self._lane}")
-            yield from self._parse_request(header)
+            yield from self._parse_request(header, reply_header(bytes(encoded)))
 
-    def _welcome(self, answer: bytes) -> None:
-        rules = self._rules
-        self.lane_id = check_answer(answer, challenge=self._challenge, secret=rules.secret, shard_id=rules.shard_id)
-        terms = LaneTerms(
-            lane=self._lane,
-            hidden_size=rules.hidden_size,
-            dtype=str(rules.dtype).removeprefix("torch."),
-            max_rows=rules.max_rows,
-        )
-        self._stream.send([make_welcome(terms, challenge=self._challenge, answer=answer, secret=rules.secret)])
-
-    def _parse_request(self, header: Header) -> Parser:
+    def _parse_request(self, header: Header, reply: bytes) -> Parser:
         encoded = bytearray(rows_per_expert_bytes(header))
         yield memoryview(encoded)
         rows_per_expert = decode_rows_per_expert(encoded, header)
         reason = self._rules.admit(header, rows_per_expert)
         if reason is not None:
-            yield from discard(header.num_rows * self._rules.hidden_size * self._rules.dtype.itemsize)
+            yield from discard(header.num_rows * self._rules.row_bytes)
             self._stream.send([encode_header(header.refusal(reason))])
             return
         x_RD = torch.empty(header.num_rows, self._rules.hidden_size, dtype=self._rules.dtype)
         yield byte_view(x_RD)
         self._num_computing += 1
-        self._arrived.append(RowRequest(header=header, rows_per_expert=rows_per_expert, x_RD=x_RD))
+        self._arrived.append(RowRequest(header=header, rows_per_expert=rows_per_expert, x_RD=x_RD, reply=reply))

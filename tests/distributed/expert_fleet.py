@@ -12,11 +12,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from lane_transports import CONNECTORS
+from shard_faults import arm
 
 from experts.dispatch import LocalDispatcher
 from experts.epoch import Epoch, ShardAddress
@@ -26,12 +30,20 @@ from experts.mlp import Mlp
 from experts.placement import ExpertPlacement, ShardId, Slot, place
 from experts.server import ServerLimits, ShardServer
 from experts.shard import Shard
+from experts.transport.waiting import WaitPolicy, wait_policy
 
 SECRET = b"a secret of the tests"
 # Wide enough that 60k rows are more than a socket's two buffers hold.
 HIDDEN = 128
 WIDTH = 48
 LAYERS = (1, 3)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.002)
 
 
 def random_mlp(slot: Slot, dtype: torch.dtype) -> Mlp:
@@ -59,7 +71,7 @@ class ThreadShard:
     def __init__(self, shard_id: ShardId, slots: Sequence[Slot], dtype: torch.dtype, limits: ServerLimits) -> None:
         self.shard = make_shard(shard_id, slots, dtype)
         self.server = ShardServer(self.shard, secret=SECRET, limits=limits)
-        self.port = self.server.port
+        self.address = self.server.address("here")
         self.server.start()
 
     def serve_epoch(self, epoch: Epoch) -> None:
@@ -73,12 +85,27 @@ class ThreadShard:
 
 
 class ProcessShard:
-    def __init__(self, shard_id: ShardId, slots: Sequence[Slot], dtype: torch.dtype, limits: ServerLimits) -> None:
+    def __init__(
+        self,
+        shard_id: ShardId,
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+        _limits: ServerLimits,
+        fault: tuple[str, int] | None = None,
+        spin_us: int | None = None,
+    ) -> None:
+        """fault: see shard_faults.arm."""
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        description = {"shard_id": shard_id, "slots": slots, "dtype": str(dtype).removeprefix("torch.")}
-        self.port = int(self._ask(description))
+        description = {
+            "shard_id": shard_id,
+            "slots": slots,
+            "dtype": str(dtype).removeprefix("torch."),
+            "fault": fault,
+            "spin_us": spin_us,
+        }
+        self.address = ShardAddress(**json.loads(self._ask(description)))
 
     def serve_epoch(self, epoch: Epoch) -> None:
         assert self._ask(epoch.to_dict()) == str(epoch.number)
@@ -86,7 +113,15 @@ class ProcessShard:
     def stop(self) -> None:
         """SIGSTOP, and only returns when the kernel has stopped it."""
         self.process.send_signal(signal.SIGSTOP)
-        os.waitpid(self.process.pid, os.WUNTRACED)
+        self.wait_stopped()
+
+    def wait_stopped(self) -> None:
+        """Until somebody has stopped it."""
+        _pid, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
+
+    def wake_up(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self.process.kill()
@@ -120,27 +155,46 @@ class Fleet:
         hosting: type[ThreadShard | ProcessShard] = ThreadShard,
         placement: ExpertPlacement | None = None,
         limits: ServerLimits | None = None,
+        transport: str = "auto",
+        how: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        """transport: of all its dispatchers, a name of lane_transports.CONNECTORS. how: more about single shards, by
+        their id."""
+        self.dtype = dtype
+        self.transport = transport
         ids = [ShardId(f"shard-{index}") for index in range(num_shards)]
         placement = placement or place(moe_layers=LAYERS, num_experts=num_experts, shard_ids=ids, copies=copies)
         limits = limits or ServerLimits()
         self.shards = {
-            shard_id: hosting(shard_id, placement.slots_by_shard[shard_id], dtype, limits) for shard_id in ids
+            shard_id: hosting(
+                shard_id, placement.slots_by_shard[shard_id], dtype, limits, **(how or {}).get(shard_id, {})
+            )
+            for shard_id in ids
         }
-        addresses = [
-            ShardAddress(shard_id=shard_id, node_id="here", host="127.0.0.1", port=shard.port)
-            for shard_id, shard in self.shards.items()
-        ]
-        self.epoch = Epoch(number=7, weights_version=0, shards=tuple(addresses), placement=placement)
+        addresses = tuple(shard.address for shard in self.shards.values())
+        self.epoch = Epoch(number=7, weights_version=0, shards=addresses, placement=placement)
         for shard in self.shards.values():
             shard.serve_epoch(self.epoch)
         self.oracle = oracle(num_experts, dtype)
         self._dispatchers: list[LaneDispatcher] = []
 
     def dispatcher(
-        self, lane_id: str = "lane", *, epoch: Epoch | None = None, secret: bytes = SECRET, timeout_s: float = 20.0
+        self,
+        lane_id: str = "lane",
+        *,
+        epoch: Epoch | None = None,
+        secret: bytes = SECRET,
+        timeout_s: float = 20.0,
+        wait: WaitPolicy | None = None,
     ) -> LaneDispatcher:
-        made = LaneDispatcher(lane_id=lane_id, epoch=epoch or self.epoch, secret=secret, timeout_s=timeout_s)
+        made = LaneDispatcher(
+            lane_id=lane_id,
+            epoch=epoch or self.epoch,
+            secret=secret,
+            timeout_s=timeout_s,
+            connect=CONNECTORS[self.transport],
+            wait=wait,
+        )
         made.begin_step(0)
         self._dispatchers.append(made)
         return made
@@ -162,9 +216,11 @@ def _be_a_shard() -> None:
     description = json.loads(sys.stdin.readline())
     slots = [Slot(*slot) for slot in description["slots"]]
     shard = make_shard(description["shard_id"], slots, getattr(torch, description["dtype"]))
-    server = ShardServer(shard, secret=SECRET)
+    if description["fault"] is not None:
+        arm(*description["fault"])
+    server = ShardServer(shard, secret=SECRET, wait=wait_policy(description["spin_us"]))
     server.start()
-    print(server.port, flush=True)
+    print(json.dumps(asdict(server.address("here"))), flush=True)
     for line in sys.stdin:
         epoch = Epoch.from_dict(json.loads(line))
         shard.serve_epoch(epoch)

@@ -41,14 +41,29 @@ def knock(port: int) -> socket.socket:
 def open_lane(port: int, *, secret: bytes, shard_id: str, lane_id: str = "raw") -> tuple[socket.socket, int]:
     """An opened lane and its number."""
     sock = knock(port)
+    return sock, prove_as_router(sock, secret=secret, shard_id=shard_id, lane_id=lane_id)
+
+
+def prove_as_router(sock: socket.socket, *, secret: bytes, shard_id: str, lane_id: str = "raw") -> int:
+    """Opens the lane; its number."""
     challenge = read(sock, opening.CHALLENGE_BYTES)
     answer = opening.make_answer(
         challenge, secret=secret, nonce=os.urandom(opening.NONCE_BYTES), shard_id=shard_id, lane_id=lane_id
     )
     sock.sendall(answer)
     welcome = read(sock, opening.WELCOME_BYTES)
-    terms = opening.check_welcome(welcome, challenge=challenge, answer=answer, secret=secret)
-    return sock, terms.lane
+    return opening.check_welcome(welcome, challenge=challenge, answer=answer, secret=secret).lane
+
+
+def prove_as_shard(
+    sock: socket.socket, terms: opening.LaneTerms, *, secret: bytes, shard_id: str, proof_secret: bytes | None = None
+) -> None:
+    """Opens the lane of a router that knows the secret. proof_secret: what the proof is made with, if not secret."""
+    challenge = opening.make_challenge(os.urandom(opening.NONCE_BYTES))
+    sock.sendall(challenge)
+    answer = read(sock, opening.ANSWER_BYTES)
+    opening.check_answer(answer, challenge=challenge, secret=secret, shard_id=shard_id)
+    sock.sendall(opening.make_welcome(terms, challenge=challenge, answer=answer, secret=proof_secret or secret))
 
 
 def identity(lane: int, **changed: int) -> Identity:
@@ -79,7 +94,7 @@ class FakeShard:
         self._act = act
         self._shard_id = shard_id
         self._secret = secret
-        self._proof_secret = proof_secret or secret
+        self._proof_secret = proof_secret
         self._terms = opening.LaneTerms(lane=1, hidden_size=hidden_size, dtype="float32", max_rows=1 << 16)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -88,12 +103,9 @@ class FakeShard:
     def _run(self) -> None:
         sock, _peer = self._listener.accept()
         with sock:
-            challenge = opening.make_challenge(os.urandom(opening.NONCE_BYTES))
-            sock.sendall(challenge)
-            answer = read(sock, opening.ANSWER_BYTES)
-            opening.check_answer(answer, challenge=challenge, secret=self._secret, shard_id=self._shard_id)
-            welcome = opening.make_welcome(self._terms, challenge=challenge, answer=answer, secret=self._proof_secret)
-            sock.sendall(welcome)
+            prove_as_shard(
+                sock, self._terms, secret=self._secret, shard_id=self._shard_id, proof_secret=self._proof_secret
+            )
             self._act(sock)
 
     def __enter__(self) -> Self:

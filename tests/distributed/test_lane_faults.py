@@ -30,12 +30,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["shm", "tcp"])
+def transport(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
-def processes() -> Iterator[Callable[..., Fleet]]:
+def processes(transport: str) -> Iterator[Callable[..., Fleet]]:
     made: list[Fleet] = []
 
     def make(num_shards: int, copies: int) -> Fleet:
-        made.append(Fleet(num_shards=num_shards, copies=copies, hosting=ProcessShard))
+        made.append(Fleet(num_shards=num_shards, copies=copies, hosting=ProcessShard, transport=transport))
         return made[-1]
 
     yield make
@@ -136,7 +142,7 @@ def test_a_stopped_shard_is_given_up_at_its_deadline_and_stays_so_when_it_wakes(
     assert list(lane.lost) == [VICTIM]
 
 
-def test_a_stopped_shard_cannot_block_a_large_send(processes: Callable[..., Fleet]) -> None:
+def test_a_stopped_shard_cannot_block_a_large_send(transport: str, processes: Callable[..., Fleet]) -> None:
     fleet = processes(2, copies=2)
     lane = fleet.dispatcher(timeout_s=1.0)
     victim = fleet.shards[VICTIM]
@@ -144,19 +150,35 @@ def test_a_stopped_shard_cannot_block_a_large_send(processes: Callable[..., Flee
     victim.stop()
     rows = random_rows(60_000)
     assert torch.equal(run(lane, rows), run(fleet.oracle, rows))
+    # Sockets do not hold so much; a region does.
+    phase = {"shm": "wait", "tcp": "send"}[transport]
+    assert f"phase {phase}: no answer within 1 s" in lane.lost[VICTIM]
+
+
+@pytest.mark.parametrize("transport", ["shm"])
+def test_a_stopped_shard_whose_memory_is_full_cannot_block_a_second_send(processes: Callable[..., Fleet]) -> None:
+    fleet = processes(2, copies=2)
+    lane = fleet.dispatcher(timeout_s=1.0)
+    victim = fleet.shards[VICTIM]
+    assert isinstance(victim, ProcessShard)
+    victim.stop()
+    rows = random_rows(60_000, num_experts=2)
+    handles = [lane.dispatch(LAYER, rows.x_TD, rows.ids_TK, rows.scores_TK) for _ in range(3)]
+    wanted_TD = run(fleet.oracle, rows)
+    assert all(torch.equal(lane.combine(handle).y_TD, wanted_TD) for handle in handles)
     assert "phase send: no answer within 1 s" in lane.lost[VICTIM]
 
 
-def test_a_shard_that_is_not_there_is_lost_from_the_start() -> None:
-    with Fleet(num_shards=2, copies=2) as fleet:
+def test_a_shard_that_is_not_there_is_lost_from_the_start(transport: str) -> None:
+    with Fleet(num_shards=2, copies=2, transport=transport) as fleet:
         fleet.shards[VICTIM].kill()
         lane = fleet.dispatcher()
         assert "phase connect" in lane.lost[VICTIM]
         assert torch.equal(run(lane, ROWS), run(fleet.oracle, ROWS))
 
 
-def test_a_stale_epoch_is_refused_and_the_lane_of_the_live_one_goes_on() -> None:
-    with Fleet(num_shards=1) as fleet:
+def test_a_stale_epoch_is_refused_and_the_lane_of_the_live_one_goes_on(transport: str) -> None:
+    with Fleet(num_shards=1, transport=transport) as fleet:
         good = fleet.dispatcher("good")
         stale = fleet.dispatcher("stale", epoch=replace(fleet.epoch, number=6))
         combined = dispatch_and_combine(stale, ROWS)
@@ -168,15 +190,15 @@ def test_a_stale_epoch_is_refused_and_the_lane_of_the_live_one_goes_on() -> None
         assert (stats.num_refused_requests, stats.refused) == (1, {})
 
 
-def test_another_weights_version_is_refused() -> None:
-    with Fleet(num_shards=1) as fleet:
+def test_another_weights_version_is_refused(transport: str) -> None:
+    with Fleet(num_shards=1, transport=transport) as fleet:
         lane = fleet.dispatcher(epoch=replace(fleet.epoch, weights_version=3))
         dispatch_and_combine(lane, ROWS)
         assert "OTHER_WEIGHTS_VERSION" in lane.lost[ShardId("shard-0")]
 
 
-def test_a_slot_that_the_epoch_does_not_place_there_is_refused() -> None:
-    with Fleet(num_shards=1) as fleet:
+def test_a_slot_that_the_epoch_does_not_place_there_is_refused(transport: str) -> None:
+    with Fleet(num_shards=1, transport=transport) as fleet:
         only = (Slot(LAYER, 0),)
         shard = fleet.shards[ShardId("shard-0")]
         shard.serve_epoch(replace(fleet.epoch, number=8, placement=_placed(only)))
@@ -185,8 +207,8 @@ def test_a_slot_that_the_epoch_does_not_place_there_is_refused() -> None:
         assert "NO_SUCH_SLOT" in lane.lost[ShardId("shard-0")]
 
 
-def test_a_router_with_another_secret_gets_no_lane() -> None:
-    with Fleet(num_shards=1) as fleet:
+def test_a_router_with_another_secret_gets_no_lane(transport: str) -> None:
+    with Fleet(num_shards=1, transport=transport) as fleet:
         lane = fleet.dispatcher(secret=b"another secret")
         assert "phase opening" in lane.lost[ShardId("shard-0")]
         assert fleet.shards[ShardId("shard-0")].server.stats().refused == {"OpeningError": 1}

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from expert_fleet import HIDDEN, LAYERS, SECRET, Fleet, ThreadShard
+from expert_fleet import HIDDEN, LAYERS, SECRET, Fleet, ThreadShard, wait_until
 from lane_rows import random_rows, run
 from raw_ends import identity, is_closed_by_peer, knock, open_lane, read
 
@@ -27,13 +27,6 @@ from experts.server import ServerLimits, ShardServer
 LAYER = LAYERS[0]
 ROWS = random_rows(40, top_k=2)
 ROW_BYTES = HIDDEN * 4
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        time.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)
@@ -306,7 +299,7 @@ def test_drain_gives_up_on_a_router_that_does_not_read() -> None:
     with Fleet(num_shards=1) as fleet:
         shard = fleet.shards[ShardId("shard-0")]
         assert isinstance(shard, ThreadShard)
-        sock, number = open_lane(shard.port, secret=SECRET, shard_id="shard-0")
+        sock, number = open_lane(shard.address.port, secret=SECRET, shard_id="shard-0")
         with sock:
             sock.sendall(request(number, [(0, 60_000)])[1])
             wait_until(lambda: shard.server.stats().progress >= 235)
