@@ -16,3 +16,7 @@ class ExpertShape:
     def slot_bytes(self, itemsize: int) -> int:
         """Of one expert's three matrices, in a dtype of this many bytes."""
         return 3 * self.hidden_size * self.intermediate_size * itemsize
+
+    @property
+    def flops_per_row(self) -> int:
+        return 2 * 3 * self.hidden_size * self.intermediate_size
