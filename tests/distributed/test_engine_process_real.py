@@ -149,7 +149,7 @@ def test_requests_dropped_at_random_moments_give_every_block_back(checkpoint: Pa
             dropped = await asyncio.gather(
                 *(drop(client, listener.address, index, moments.uniform(0, 0.2)) for index in range(40))
             )
-            assert sum(dropped) > 20
+            assert sum(dropped) >= 10
             await wait_until_async(lambda: _all_blocks_are_free(client))
 
     with _running(_start(checkpoint, num_kv_blocks=24)) as client:
