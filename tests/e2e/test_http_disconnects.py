@@ -71,12 +71,15 @@ def test_clients_that_go_at_any_moment_leave_nothing_behind(service: Service, wa
 
     def drop_one(number: int) -> int:
         draw = random.Random(number)
-        n = draw.choice((1, 1, 3))
-        data = request_bytes(service, stream=draw.random() < 0.5, n=n)
-        # Some go before all of the request is sent, some at once, some in the prefill or between two tokens.
-        sent = data[: draw.randrange(len(data))] if draw.random() < 0.2 else data
+        n, stream = draw.choice((1, 1, 3)), draw.random() < 0.5
+        data = request_bytes(service, stream=stream, n=n)
+        # Some go before all of the request is sent, some with the first tokens, some at whatever moment.
+        moment = draw.choice(("sending", "first tokens", "at once", "soon", "later"))
+        sent = data[: draw.randrange(len(data))] if moment == "sending" else data
         with open_request(service, sent) as connection:
-            read_for(connection, draw.choice((0.0, 0.01, MAX_DELAY_S)) * draw.random())
+            if moment == "first tokens" and stream:
+                assert connection.recv(65536)
+            read_for(connection, {"soon": 0.01, "later": MAX_DELAY_S}.get(moment, 0.0) * draw.random())
         return n
 
     with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
