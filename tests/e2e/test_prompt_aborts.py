@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from conftest import RunApp, Service, Tell
@@ -20,6 +21,8 @@ NUM_DROPS = 10
 FREED_WITHIN_S = 1.0
 TIMEOUT_S = 60.0
 ENDLESS = Sampling(max_tokens=3900, ignore_eos=True)
+PROMPT = prompt(4, seed=1)
+SEED = 1
 ONE_TOKEN = Sampling(max_tokens=1, ignore_eos=True)
 
 
@@ -79,7 +82,7 @@ def test_a_client_that_leaves_before_its_first_token_makes_room_within_a_second(
 
         def read(stream: GenerationStream = stream, first: list[int] = first) -> None:
             with suppress(ArrieroError):
-                first.extend(next(stream).token_ids)
+                first.extend(token_id for piece in stream for token_id in piece.token_ids)
 
         reader = threading.Thread(target=read)
         reader.start()
@@ -87,4 +90,17 @@ def test_a_client_that_leaves_before_its_first_token_makes_room_within_a_second(
         waits_s.append(next_ones_wait_s(client, stream))
         reader.join()
         assert first == [], "the prompt is too short"
+    report(tell, waits_s)
+
+
+def test_a_stop_string_makes_room_within_a_second(client: ArrieroClient, tell: Tell) -> None:
+    some = list(
+        client.generate(PROMPT, sampling=Sampling(max_tokens=40, ignore_eos=True), seed=SEED, timeout_s=TIMEOUT_S)
+    )
+    stop = "".join(piece.text for piece in some)[-3:]
+    waits_s = []
+    for _ in range(NUM_DROPS):
+        stream = client.generate(PROMPT, sampling=replace(ENDLESS, stop=(stop,)), seed=SEED, timeout_s=TIMEOUT_S)
+        assert list(stream)[-1].finish_reason == "stop"
+        waits_s.append(next_ones_wait_s(client, stream))
     report(tell, waits_s)
