@@ -108,9 +108,9 @@ class EpochKeeper:
         assert state.epoch is not None
         will_fail = self._preparing is None or self._preparing.failure is not None
         preparing = None if will_fail else state.preparing
-        next_epoch = preparing
-        if next_epoch is None and router is not None and router.epoch < state.epoch["number"]:
-            next_epoch = state.epoch
+        # The one in force first: who waits for it shall not wait for the next one, too.
+        lags = router is not None and router.epoch < state.epoch["number"]
+        next_epoch = state.epoch if lags else preparing
         has_it = next_epoch is None or router is None or router.prepared == next_epoch["number"]
         return {
             "in_force": state.epoch["number"],

@@ -90,7 +90,7 @@ def _of_preparation(view: EpochView) -> Iterator[Action]:
 
 
 def _next_epoch(view: EpochView) -> Iterator[Action]:
-    if not view.may_prepare or _old_epoch_lives(view):
+    if not view.may_prepare or _last_change_goes_on(view):
         return
     placement = next_placement(view)
     if placement is None:
@@ -108,9 +108,10 @@ def _is_same(one: ExpertPlacement, other: ExpertPlacement) -> bool:
     return contents(one) == contents(other)
 
 
-def _old_epoch_lives(view: EpochView) -> bool:
+def _last_change_goes_on(view: EpochView) -> bool:
+    """A shard serves another epoch than the one in force, or a router has not come over to it."""
     served = (shard.epochs for shard in view.shards.values() if shard.state is MemberState.READY)
-    return any(epochs - {view.number} for epochs in served)
+    return any(epochs - {view.number} for epochs in served) or bool(view.epochs_in_use - {view.number})
 
 
 def _has_lost(view: EpochView) -> bool:
@@ -172,10 +173,13 @@ def _is_prepared(view: EpochView, preparing: Preparation) -> bool:
 
 def _retirements(view: EpochView) -> Iterator[Action]:
     preparing = set() if view.preparing is None else {view.preparing.number}
-    needed = {view.number} | preparing | view.epochs_in_use
+    # A router may have come further than its last report tells, to any epoch that was in force since.
+    oldest_in_use = min(view.epochs_in_use, default=view.number)
     for shard_id, shard in view.shards.items():
         if shard.state is MemberState.READY:
-            for number in sorted(shard.epochs - needed):
+            for number in sorted(shard.epochs - {view.number} - preparing):
+                if oldest_in_use <= number < view.number:
+                    continue
                 # A number above the one in force was never committed, whoever has not reported yet.
                 if view.settled or number > view.number:
                     yield Retire(shard_id=shard_id, number=number)

@@ -47,11 +47,14 @@ class FakeRouter:
         self.used: list[int] = [1]
         self.offered: list[tuple[int, int | None]] = []
 
-    def report(self) -> dict[str, Any]:
-        lanes = {
+    @property
+    def lanes(self) -> dict[str, Any]:
+        return {
             "epoch": self.epoch, "prepared": self.prepared, "lost": self.lost, "unreachable": self.unreachable,
         }  # fmt: skip
-        answer = self.plane.heartbeat(self.member, MemberReport(lanes=lanes))
+
+    def report(self) -> dict[str, Any]:
+        answer = self.plane.heartbeat(self.member, MemberReport(lanes=self.lanes))
         if not answer["known"]:
             self.plane.take_in(self.member, self.member.member_id)
         offer: dict[str, Any] = answer["offer"]
@@ -340,6 +343,22 @@ async def test_a_router_that_joins_gets_the_epoch_in_force(world: World) -> None
         await life.until(life.is_whole)
         welcome = await life.plane.join_router(router("late"), "late", world.values())
         assert welcome["epoch"]["number"] == life.epoch.number == 2
+
+
+@scenario
+async def test_a_router_that_lags_is_offered_the_epoch_in_force_before_the_one_in_preparation(world: World) -> None:
+    life = await begin(world, num_routers=2)
+    with running(life.plane):
+        await life.until(lambda: world.now_s > 3.1)
+        sleeper = life.routers.pop()
+        sleeper.report()
+        await life.plane.scale_shards(3)
+        await life.until(lambda: life.epoch.number == 2 and life.is_whole())
+        world.pool.shards[next(iter(world.pool.shards))].may_prepare.clear()
+        await life.plane.scale_shards(2)
+        await life.until(lambda: life.plane.state.preparing is not None)
+        offer = life.plane.heartbeat(sleeper.member, MemberReport(lanes=sleeper.lanes))["offer"]
+        assert (offer["in_force"], offer["preparing"], offer["prepare"]["number"]) == (2, 3, 2)
 
 
 @scenario

@@ -200,11 +200,19 @@ def test_a_loss_aborts_an_epoch_in_preparation(
     [
         ([router(6)], True, True),
         ([router(6), router(5)], True, False),
+        ([router(6), router(4)], True, False),
         ([router(6), router(5, lease_s=-0.1)], True, True),
         ([], True, True),
         ([], False, False),
     ],
-    ids=["all have left", "one still uses it", "its lease is over", "no router", "routers may not have reported yet"],
+    ids=[
+        "all have left",
+        "one still uses it",
+        "one may have come to it since",
+        "its lease is over",
+        "no router",
+        "routers may not have reported yet",
+    ],
 )
 def test_an_old_epoch_retires_when_nobody_uses_it(routers: list[RouterView], settled: bool, retired: bool) -> None:
     wanted = (Retire(shard_id=A, number=5), Retire(shard_id=B, number=5)) if retired else ()
@@ -222,6 +230,8 @@ def test_one_change_waits_for_the_end_of_the_one_before_it() -> None:
     retired = {A: shard(READY, 5), B: shard(READY, 5), C: shard(READY)}
     assert decide(view(retired, router(5), target=target)) == (Prepare(placement=target, is_repair=False),)
     assert decide(view(retired, router(5), target=target, may_prepare=False)) == ()
+    assert decide(view(retired, router(5), router(4), target=target)) == (), "a router has not come over yet"
+    assert decide(view(retired, router(5), router(4, lease_s=-1), target=target)) != ()
 
 
 @pytest.mark.parametrize(
