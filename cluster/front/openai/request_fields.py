@@ -9,11 +9,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from cluster.front.admission import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from cluster.front.admission import MAX_LOGIT_BIASES, MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 MAX_TOKEN_ID = 2**32 - 1
 MAX_COUNT = 2**31 - 1
-MAX_STOP_STRINGS = 64
 
 
 def field_error(kind: str, field: str | None, message: str) -> PydanticCustomError:
@@ -100,7 +99,7 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 # fail_fast: lists may be long, and one complaint will do.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
-StopString = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
 TokenIdName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
