@@ -93,7 +93,7 @@ def test_a_body_that_is_no_object_is_refused(body: Any) -> None:
         ({"stream": True, "stream_options": {"what": 1}}, "stream_options.what", "not a field"),
         ({"stream": True, "stream_options": []}, "stream_options", "an array"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "not possible with stream"),
-        ({"on_missing_expert": "wait"}, "on_missing_expert", "'wait'"),
+        ({"on_missing_expert": "later"}, "on_missing_expert", "'later'"),
         ({"cache_salt": "x" * 257}, "cache_salt", "256"),
         ({"resume_token_ids": [{"index": 0, "token_ids": [5]}]}, "resume_token_ids", "only for stream"),
         ({"stream": True, "resume_token_ids": [{"index": 0, "token_ids": [5]}]}, "resume_token_ids", "seed"),
