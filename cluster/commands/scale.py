@@ -12,6 +12,7 @@ from cluster.commands.status import TIMEOUT_S, call_admin, find_service, get_vie
 from cluster.v1 import admin_pb2
 
 POLL_S = 0.5
+PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _wait(address: str, token: str, wanted: set[str], timeout_s: float) -> int:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        view = get_view(address, token)
-        if is_done(view, wanted):
+        view = _view(address, token)
+        if view is not None and is_done(view, wanted):
             print(f"{len(wanted)} shards serve epoch {view.epoch}")
             return 0
         time.sleep(min(POLL_S, TIMEOUT_S))
@@ -51,6 +52,16 @@ def _wait(address: str, token: str, wanted: set[str], timeout_s: float) -> int:
         print(f"arriero scale: not done within {timeout_s:g} s; `arriero status` shows how far it is", file=sys.stderr)
         return 1
     return 0
+
+
+def _view(address: str, token: str) -> admin_pb2.GetViewResponse | None:
+    """None while nobody answers: the controller may be on its way back. Raises grpc.RpcError for anything else."""
+    try:
+        return get_view(address, token)
+    except grpc.RpcError as error:
+        if error.code() not in PASSING:
+            raise
+        return None
 
 
 def is_done(view: admin_pb2.GetViewResponse, wanted: set[str]) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from conftest import RunApp, Service, wait_until
 from crowd import WHOLE_S, Crowd
 
-from cluster.commands.scale import is_done
+from cluster.commands.scale import PASSING, is_done
 from cluster.v1 import admin_pb2, admin_pb2_grpc
 
 pytestmark = pytest.mark.cluster
@@ -33,7 +33,11 @@ def scale(service: Service, admin: admin_pb2_grpc.AdminServiceStub, num_shards: 
     assert len(answer.shard_ids) == num_shards
 
     def is_so() -> bool:
-        view = admin.GetView(admin_pb2.GetViewRequest(), metadata=service.admin_metadata, timeout=60)
+        try:
+            view = admin.GetView(admin_pb2.GetViewRequest(), metadata=service.admin_metadata, timeout=60)
+        except grpc.RpcError as error:
+            assert error.code() in PASSING
+            return False
         return is_done(view, set(answer.shard_ids))
 
     wait_until(is_so, f"{num_shards} shards serve", timeout_s=WHOLE_S)
