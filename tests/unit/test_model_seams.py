@@ -28,12 +28,16 @@ class LosingDispatcher:
     def __init__(self, inner: Dispatcher, missing_by_layer: dict[int, list[bool]]) -> None:
         self.inner = inner
         self.missing_by_layer = missing_by_layer
+        # Of the dispatch that the next combine belongs to.
+        self.layer: int | None = None
 
     def dispatch(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor) -> Handle:
+        self.layer = layer
         return self.inner.dispatch(layer, x_TD, ids_TK, scores_TK)
 
     def combine(self, handle: Handle) -> Combined:
-        missing = self.missing_by_layer.get(handle.layer)
+        assert self.layer is not None
+        missing = self.missing_by_layer.get(self.layer)
         y_TD = self.inner.combine(handle).y_TD
         return Combined(y_TD, None if missing is None else torch.tensor(missing))
 

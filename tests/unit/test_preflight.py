@@ -80,10 +80,6 @@ def test_a_good_model_passes(good_model: Path, monkeypatch: pytest.MonkeyPatch) 
     assert started == [str(good_model), str(template)], "paths are absolute: workers have another current folder"
 
 
-def test_no_model_is_refused(refused: Start) -> None:
-    assert "--model" in refused()
-
-
 def test_a_missing_folder_is_named(refused: Start) -> None:
     assert "/nowhere/llama: no such folder" in refused("--model", "/nowhere/llama")
 
