@@ -6,12 +6,14 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
 from cluster.client import ArrieroClient
+from cluster.client_stream import GenerationStream
 from cluster.client_types import ArrieroError, Piece, Sampling
 from cluster.conversation import Conversation
 from cluster.launch.token_file import find_record, state_folder
@@ -144,15 +146,24 @@ class Chat:
     def _stream(self, question: str) -> Answer:
         answer = Answer(started_s=time.perf_counter())
         messages = self._conversation.ask(question)
-        with self._client.generate(messages, sampling=self._sampling, seed=self._seed) as stream:
+        stream = self._client.generate(messages, sampling=self._sampling, seed=self._seed)
+        # Python raises Ctrl-C in the main thread, between any two of its steps. So that none of them is one of the
+        # console's or of gRPC's, which would be left half done, the main thread only waits here.
+        with stream, ThreadPoolExecutor(max_workers=1) as reader:
+            reading = reader.submit(self._print_pieces, stream, answer)
             try:
-                for piece in stream:
-                    answer.add(piece)
-                    self._console.print(printable(piece.text), style=ANSWER_STYLE, markup=False, end="")
+                reading.result()
             except KeyboardInterrupt:
                 answer.was_interrupted = True
+                stream.close()
+                reading.result()
         self._console.print()
         return answer
+
+    def _print_pieces(self, stream: GenerationStream, answer: Answer) -> None:
+        for piece in stream:
+            answer.add(piece)
+            self._console.print(printable(piece.text), style=ANSWER_STYLE, markup=False, end="")
 
     def _note(self, text: str) -> None:
         self._notes.print(text, style=NOTE_STYLE, markup=False)
