@@ -98,6 +98,10 @@ class ServiceConfig(BaseModel):
     lane_timeout_s: float = Field(
         30.0, gt=0, description="How long a router waits for a shard's answer before it takes the shard for lost."
     )
+    lane_silence_s: float = Field(
+        1.0, gt=0, description="A shard that owes a router rows and shows no sign of work for so long is routed "
+        "around. Raise it where one tile of 256 rows takes more than a quarter of it.",
+    )  # fmt: skip
     lane_transport: LaneTransport = Field(
         "auto", description="How rows travel between routers and shards. auto: by shared memory on one host, by TCP "
         "between hosts. shm, tcp: in that way alone.",

@@ -25,6 +25,7 @@ def engine_settings(config: ServiceConfig) -> EngineSettings:
         on_missing_expert=MissingExpertPolicy(config.on_missing_expert),
         expert_wait_s=config.expert_wait_s,
         lane_timeout_s=config.lane_timeout_s,
+        lane_silence_s=config.lane_silence_s,
         log=config.log_settings,
         lane_transport=config.lane_transport,
         lane_spin_us=config.lane_spin_us,

@@ -33,17 +33,22 @@ from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wai
 
 logger = logging.getLogger(__name__)
 
+# Within the shortest time after which a shard is given up.
+LOOKS = 4
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Peer:
     """A shard that lives, as far as is known. requests: under way to it, the oldest first. moved_in: the last turn of
-    the pump in which something came from it."""
+    the pump in which something came from it. still_s: for how long the link's progress has been what it is now."""
 
     shard_id: ShardId
     link: Link
     dtype: torch.dtype
     requests: list[LaneRequest] = field(default_factory=list)
     moved_in: int = -1
+    progress: int = -1
+    still_s: float = 0.0
 
 
 class LaneDispatcher:
@@ -56,24 +61,30 @@ class LaneDispatcher:
         epoch: Epoch,
         secret: bytes,
         timeout_s: float,
+        silence_s: float = 1.0,
         connect: Connector = connect_auto,
         wait: WaitPolicy | None = None,
     ) -> None:
         """Connects to every shard that holds slots; one that cannot be had is in ``lost`` from the start.
 
-        timeout_s bounds each connection and each wait for rows. wait: None is what suits the host. Raises ValueError
-        for an empty secret or a timeout that is not positive.
+        timeout_s bounds each connection and each wait for rows; a shard that owes rows and shows no sign of work for
+        silence_s is given up before. wait: None is what suits the host. Raises ValueError for an empty secret or a
+        time that is not positive.
         """
         if not secret:
             raise ValueError("secret is empty: a lane must be able to prove itself")
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        if silence_s <= 0:
+            raise ValueError(f"silence_s must be positive, got {silence_s}")
         self.lost: dict[ShardId, str] = {}
         self._epoch = epoch
         self._lane_id = lane_id
         self._secret = secret
         self._connect = connect
         self._timeout_s = timeout_s
+        self._silence_s = silence_s
+        self._look_s = min(timeout_s, silence_s) / LOOKS
         self._copy_offset = zlib.crc32(lane_id.encode())
         self._step: int | None = None
         self._dispatches_of_layer: dict[int, int] = {}
@@ -286,6 +297,8 @@ class LaneDispatcher:
         num_slots = len(request.pairs) // PAIR_BYTES
         request.header = encode_request_header(identity, num_slots=num_slots, num_rows=request.num_rows)
         request.deadline = time.monotonic() + self._timeout_s
+        if not peer.requests:
+            peer.still_s = 0.0
         peer.requests.append(request)
         handle.num_pending += 1
         try:
@@ -302,19 +315,17 @@ class LaneDispatcher:
         """Moves bytes both ways as long as it is needed. Ends: every request under way has a deadline."""
         if not is_needed():
             return
-        started_at = time.monotonic()
-        deadline = self._next_deadline(started_at)
+        started_at = looked_at = time.monotonic()
         while is_needed():
             self._turn += 1
-            for on_ready, events in self._poller.wait(max(0.0, deadline - time.monotonic())):
+            for on_ready, events in self._poller.wait(max(0.0, looked_at + self._look_s - time.monotonic())):
                 on_ready(events)
             now = time.monotonic()
-            if now > deadline:
+            if now - looked_at >= self._look_s:
+                # What is more than that is this process's own delay, of which no shard knows.
+                self._look_for_progress(min(now - looked_at, 2 * self._look_s))
                 self._expire(now, started_at)
-                deadline = self._next_deadline(now)
-
-    def _next_deadline(self, now: float) -> float:
-        return min([peer.requests[0].deadline for peer in self._peers.values() if peer.requests], default=now)
+                looked_at = now
 
     def _advance(self, peer: _Peer, events: int) -> None:
         if peer.shard_id not in self._peers:
@@ -338,6 +349,17 @@ class LaneDispatcher:
         else:
             self._watch(peer)
 
+    def _look_for_progress(self, passed_s: float) -> None:
+        """Gives up shards that owe rows and have not shown for silence_s that they are at work."""
+        for peer in list(self._peers.values()):
+            if not peer.requests or peer.shard_id not in self._peers:
+                continue
+            progress = peer.link.progress
+            peer.still_s = peer.still_s + passed_s if progress == peer.progress else 0.0
+            peer.progress = progress
+            if peer.still_s >= self._silence_s:
+                self._lose(peer, phase=_phase(peer), why=f"no sign of work for {self._silence_s:g} s")
+
     def _expire(self, now: float, started_at: float) -> None:
         """Gives up shards past a deadline. One whose answer is just coming in gets as long again, no more."""
         for peer in list(self._peers.values()):
@@ -347,8 +369,7 @@ class LaneDispatcher:
             oldest = peer.requests[0].deadline
             is_moving = peer.moved_in == self._turn
             if now > oldest and (not is_moving or now > max(oldest, started_at) + self._timeout_s):
-                phase = "send" if peer.link.sending else "wait"
-                self._lose(peer, phase=phase, why=f"no answer within {self._timeout_s:g} s")
+                self._lose(peer, phase=_phase(peer), why=f"no answer within {self._timeout_s:g} s")
 
     def _watch(self, peer: _Peer) -> None:
         self._poller.change(peer.link, READ | WRITE if peer.link.wants_to_write else READ)
@@ -366,6 +387,10 @@ class LaneDispatcher:
         for request in owed:
             request.handle.num_pending -= 1
             self._send_again(request.handle, request.span_numbers)
+
+
+def _phase(peer: _Peer) -> str:
+    return "send" if peer.link.sending else "wait"
 
 
 def not_connected(address: ShardAddress, error: LinkError) -> str:

@@ -3,6 +3,7 @@
     request   header | (expert, rows) x num_slots | rows        router -> shard
     reply     header | rows                                     shard -> router, same rows, same order
     refusal   header                                            shard -> router, reason set
+    pulse     48 bytes, always the same                         shard -> router, not an answer: it is at work
 
 Reply and refusal carry the request's own header; only kind and reason differ. Every field is checked before
 anything of the announced size is allocated.
@@ -25,6 +26,8 @@ _MAGIC = b"ARL1"
 _REPLY_WITHOUT_REASON = b"\x02\x00"
 
 HEADER_BYTES = _HEADER.size
+# Has no rows, as no answer has: it can be mistaken for none.
+PULSE = _HEADER.pack(_MAGIC, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 PAIR_BYTES = _ROWS_OF_EXPERT.size
 RowsPerExpert = tuple[tuple[int, int], ...]
 

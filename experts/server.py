@@ -34,6 +34,8 @@ _LOG = logging.getLogger(__name__)
 
 # The longest sleep: openings that take too long are noticed in this time.
 _IDLE_S = 1.0
+# How often routers that wait for rows hear that work goes on; well below any lane's silence_s.
+_PULSE_S = 0.2
 
 
 class _Closing(IntEnum):
@@ -81,6 +83,7 @@ class ShardServer:
         # With what is watched for at each.
         self._lanes: dict[LaneEnd, int] = {}
         self._progress = 0
+        self._next_pulse_s = 0.0
         self._busy_s = 0.0
         self._refused: Counter[str] = Counter()
         self._num_refused_requests = 0
@@ -236,11 +239,25 @@ class ShardServer:
         started_at = time.monotonic()
         for tile in self._tiles.take():
             self._compute_expert(tile)
+            self._pulse()
         self._progress += 1
         self._busy_s += time.monotonic() - started_at
         for lane, request in self._tiles.pop_finished():
             try:
                 lane.reply(request)
+                self._watch(lane)
+            except LinkError as error:
+                self._drop_lane(lane, str(error))
+
+    def _pulse(self) -> None:
+        """Only ever after some work: a service that computes no more is as silent as one that is gone."""
+        now = time.monotonic()
+        if now < self._next_pulse_s:
+            return
+        self._next_pulse_s = now + _PULSE_S
+        for lane in [lane for lane in self._lanes if lane.num_unanswered]:
+            try:
+                lane.pulse()
                 self._watch(lane)
             except LinkError as error:
                 self._drop_lane(lane, str(error))

@@ -133,6 +133,7 @@ def _reach_experts(
             epoch=Epoch.from_dict(start.epoch),
             secret=start.secret,
             timeout_s=start.settings.lane_timeout_s,
+            silence_s=start.settings.lane_silence_s,
             connect=connector(start.settings.lane_transport),
             wait=wait_policy(start.settings.lane_spin_us),
         )

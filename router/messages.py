@@ -143,8 +143,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     num_threads are torch's. block_size None is the default for the model's attention chunk; num_kv_blocks None is
     what fits into kv_memory_share of the memory that is free once the weights are loaded (None: a share that suits
-    the device). lane_timeout_s bounds the wait for one shard, expert_wait_s that for an expert without a living one;
-    lane_spin_us is how long to look for rows before sleeping (None: what suits the host).
+    the device). lane_timeout_s bounds the wait for one shard, lane_silence_s that for a sign that it is at
+    work, expert_wait_s that for an expert without a living shard; lane_spin_us is how long to look for rows before
+    sleeping (None: what suits the host).
     """
 
     model: str
@@ -161,6 +162,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     on_missing_expert: MissingExpertPolicy = MissingExpertPolicy.WAIT
     expert_wait_s: float = 120.0
     lane_timeout_s: float = 30.0
+    lane_silence_s: float = 1.0
     log: LogSettings = LogSettings()
     lane_transport: LaneTransport = "auto"
     lane_spin_us: int | None = None

@@ -97,6 +97,10 @@ class Link(Pollable, Protocol):
     def broken(self) -> str | None:
         """Why the pair is found broken; None while it is whole."""
 
+    @property
+    def progress(self) -> int:
+        """Changes with every sign that the shard, or the way to it, is at work. Without meaning but that."""
+
     def submit(self, request: LinkRequest) -> None:
         """Starts a request; never blocks. Raises LinkError."""
 
@@ -150,6 +154,9 @@ class LaneEnd(Pollable, Protocol):
 
     def flush(self) -> None:
         """Sends what the pair takes now. Raises LinkError."""
+
+    def pulse(self) -> None:
+        """Lets the router know that what it waits for is being worked on; never blocks. Raises LinkError."""
 
     def close(self) -> None: ...
 

@@ -104,6 +104,10 @@ class ShmLink:
     def sending(self) -> bool:
         return bool(self._waiting)
 
+    @property
+    def progress(self) -> int:
+        return self._port.progress
+
     def fileno(self) -> int:
         return self._socket.fileno()
 

@@ -124,6 +124,10 @@ class ShmLane:
     def flush(self) -> None:
         """Nothing waits to be sent."""
 
+    def pulse(self) -> None:
+        if self._region is not None:
+            self._region.port.pulse()
+
     def close(self) -> None:
         """The map goes with the last of the rows that are still being computed."""
         self._opening.close()

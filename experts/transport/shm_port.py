@@ -1,9 +1,11 @@
 """One end's half of the talk about a region: it publishes entries, takes the other end's, and rings the socket.
 
-Each end writes one line of the region and reads the other's: a count of what it has published, modulo 256, and
-whether it sleeps. Both are single bytes, which no machine tears. Entries are used in turns, and of 64 requests at
-most under way neither end can overtake the other: a request's entry was read long before the request is answered,
-and an answer's entry is used again only after the router has read it and asked once more.
+Each end writes one line of the region and reads the other's: a count of what it has published, modulo 256, whether
+it sleeps, and a pulse that shows it at work. All are single bytes, which no machine tears.
+
+Entries are used in turns, and of 64 requests at most under way neither end can overtake the other: a request's entry
+was read long before the request is answered, and an answer's entry is used again only after the router has read it
+and asked once more.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from experts.transport.shm_region import NUM_ENTRIES, REPLY_LINE, REQUEST_LINE
 
 _COUNT = 0
 _ASLEEP = 1
+_PULSE = 2
 _HEAR_BYTES = 4096
 _RING = b"\1"
 
@@ -64,6 +67,16 @@ class Port:
 
     def has_news(self) -> bool:
         return self._looks and self._memory[self._their_line + _COUNT] != self._num_taken & 0xFF
+
+    def pulse(self) -> None:
+        """Wakes nobody."""
+        line = self._my_line
+        self._memory[line + _PULSE] = (self._memory[line + _PULSE] + 1) & 0xFF
+
+    @property
+    def progress(self) -> int:
+        """Changes with each entry taken, ring heard, and pulse of the other end."""
+        return ((self._num_taken + self._num_rings) << 8) | self._memory[self._their_line + _PULSE]
 
     def fall_asleep(self) -> None:
         self._memory[self._my_line + _ASLEEP] = 1

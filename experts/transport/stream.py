@@ -39,7 +39,10 @@ def discard(num_bytes: int) -> Parser:
 
 
 class ByteStream:
-    """Owns the socket. The parser must never end; what it raises comes out of ``receive``."""
+    """Owns the socket. The parser must never end; what it raises comes out of ``receive``.
+
+    num_moved_bytes: that the socket took or gave so far.
+    """
 
     def __init__(self, sock: socket.socket, parser: Parser) -> None:
         sock.setblocking(False)
@@ -48,6 +51,7 @@ class ByteStream:
         self._wanted = next(parser)
         self._outgoing: deque[memoryview] = deque()
         self._staging = memoryview(bytearray(_STAGING_BYTES))
+        self.num_moved_bytes = 0
 
     @property
     def sending(self) -> bool:
@@ -73,6 +77,7 @@ class ByteStream:
                 raise LinkError(f"sending failed: {error}") from error
 
     def _drop_sent(self, num_bytes: int) -> None:
+        self.num_moved_bytes += num_bytes
         while num_bytes:
             first = self._outgoing.popleft()
             if len(first) > num_bytes:
@@ -93,6 +98,7 @@ class ByteStream:
                 raise LinkError(f"receiving failed: {error}") from error
             if count == 0:
                 raise LinkError("closed by the other end")
+            self.num_moved_bytes += count
             self._feed(into, count)
             if count < len(into):
                 # Nothing more is there, most likely; if there is, the poller says so.

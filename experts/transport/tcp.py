@@ -9,7 +9,7 @@ from collections.abc import Generator
 import torch
 
 from experts.epoch import ShardAddress
-from experts.message import HEADER_BYTES, Kind, MessageError
+from experts.message import HEADER_BYTES, PULSE, Kind, MessageError
 from experts.opening import LaneTerms, OpeningError
 from experts.transport.base import Link, LinkError, LinkRequest
 from experts.transport.router_opening import open_lane
@@ -54,6 +54,10 @@ class TcpLink:
     def wants_to_write(self) -> bool:
         return self._stream.sending
 
+    @property
+    def progress(self) -> int:
+        return self._stream.num_moved_bytes
+
     def fileno(self) -> int:
         return self._stream.fileno()
 
@@ -88,6 +92,8 @@ class TcpLink:
         while True:
             yield memoryview(encoded)
             answer = bytes(encoded)
+            if answer == PULSE:
+                continue
             request = self._under_way.get(answer)
             if request is not None and not request.abandoned:
                 yield from request.results

@@ -9,6 +9,7 @@ import torch
 
 from experts.message import (
     HEADER_BYTES,
+    PULSE,
     Header,
     Kind,
     MessageError,
@@ -104,6 +105,11 @@ class TcpLane:
 
     def flush(self) -> None:
         self._stream.flush()
+
+    def pulse(self) -> None:
+        # Bytes on their way say as much.
+        if not self.sending:
+            self._stream.send([PULSE])
 
     def close(self) -> None:
         self._stream.close()

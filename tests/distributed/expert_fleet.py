@@ -185,6 +185,7 @@ class Fleet:
         epoch: Epoch | None = None,
         secret: bytes = SECRET,
         timeout_s: float = 20.0,
+        silence_s: float = 1.0,
         wait: WaitPolicy | None = None,
     ) -> LaneDispatcher:
         made = LaneDispatcher(
@@ -192,6 +193,7 @@ class Fleet:
             epoch=epoch or self.epoch,
             secret=secret,
             timeout_s=timeout_s,
+            silence_s=silence_s,
             connect=CONNECTORS[self.transport],
             wait=wait,
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from expert_fleet import HIDDEN, LAYERS, SECRET, Fleet, ProcessShard
+from expert_fleet import HIDDEN, LAYERS, SECRET, Fleet, ProcessShard, ThreadShard
 from lane_rows import Rows, random_rows, run
 from raw_ends import FakeShard, is_closed_by_peer, read_request
 
@@ -140,6 +141,37 @@ def test_a_stopped_shard_is_given_up_at_its_deadline_and_stays_so_when_it_wakes(
     lane.begin_step(1)
     assert torch.equal(run(lane, ROWS), run(fleet.oracle, ROWS))
     assert list(lane.lost) == [VICTIM]
+
+
+def test_a_shard_that_shows_no_sign_of_work_is_given_up_before_its_deadline(processes: Callable[..., Fleet]) -> None:
+    fleet = processes(2, copies=2)
+    lane = fleet.dispatcher(timeout_s=60.0, silence_s=0.3)
+    victim = fleet.shards[VICTIM]
+    assert isinstance(victim, ProcessShard)
+    assert torch.equal(run(lane, ROWS), run(fleet.oracle, ROWS))
+    victim.stop()
+    assert torch.equal(run(lane, ROWS), run(fleet.oracle, ROWS))
+    assert "phase wait: no sign of work for 0.3 s" in lane.lost[VICTIM]
+    assert list(lane.lost) == [VICTIM]
+
+
+def test_a_shard_that_is_slow_but_at_work_is_waited_for(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Fleet(num_shards=2, transport=transport) as fleet:
+        silence_s = 1.0
+        slow = fleet.shards[VICTIM]
+        assert isinstance(slow, ThreadShard)
+        quick_apply = slow.shard.apply_expert
+
+        def apply(slot: Slot, x_RD: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.4 * silence_s)
+            return quick_apply(slot, x_RD)
+
+        monkeypatch.setattr(slow.shard, "apply_expert", apply)
+        lane = fleet.dispatcher(silence_s=silence_s)
+        start = time.monotonic()
+        assert torch.equal(run(lane, ROWS), run(fleet.oracle, ROWS))
+        assert time.monotonic() - start > 1.5 * silence_s, "the shard was not slow enough to be suspected"
+        assert lane.lost == {}
 
 
 def test_a_stopped_shard_cannot_block_a_large_send(transport: str, processes: Callable[..., Fleet]) -> None:
