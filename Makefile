@@ -41,7 +41,12 @@ test: lint pytest
 # A local ray.init() of Ray >= 2.59 turns token authentication on behind one's back; tests say what they want.
 pytest: export RAY_AUTH_MODE := disabled
 pytest: venv
+ifdef PYTEST_ARGS
 	$(BIN)/pytest $(PYTEST_ARGS)
+else
+	$(BIN)/pytest tests/unit --numprocesses 2 --dist loadfile
+	$(BIN)/pytest tests/distributed tests/e2e
+endif
 
 lint: venv proto-check
 	$(BIN)/ruff check

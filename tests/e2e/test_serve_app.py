@@ -196,7 +196,8 @@ def test_health_answers_over_grpc_and_http(service: Service, channel: grpc.Chann
 def test_a_router_that_is_killed_costs_its_streams_nothing_but_time(run_app: RunApp) -> None:
     sampling = Sampling(temperature=1.0, max_tokens=300, ignore_eos=True)
     with run_app("mortal", routers=2, shards=2, stream_interval_ms=0) as service, service.client() as client:
-        undisturbed = [tokens(list(client.generate(PROMPT, sampling=sampling, seed=seed))) for seed in range(4)]
+        streams = [client.generate(PROMPT, sampling=sampling, seed=seed) for seed in range(4)]
+        undisturbed = [tokens(list(stream)) for stream in streams]
         victim = service.view()["routers"][0]
         streams = [client.generate(PROMPT, sampling=sampling, seed=seed) for seed in range(4)]
         received = [list(next(stream).token_ids) for stream in streams]

@@ -1,5 +1,5 @@
-"""A shard is stopped (SIGSTOP) under open streams, while a copy of what it holds lives: it is routed around, and when it
-wakes it comes back. The view says what became of it, the tokens that nobody noticed."""
+"""A shard is stopped (SIGSTOP) under open streams, while a copy of what it holds lives: it is routed around, and comes
+back when it wakes. The view says what became of it, the tokens that nobody noticed."""
 
 from __future__ import annotations
 
