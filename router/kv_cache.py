@@ -47,6 +47,10 @@ class LayerKv:
         self.keys_BKSD = keys_BKSD
         self.values_BKSD = values_BKSD
 
+    @property
+    def head_dim(self) -> int:
+        return self.keys_BKSD.shape[-1]
+
     def write(self, rows: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         """Stores the tokens of a step. ``rows`` [T*K] numbers the [B*K*S] rows of D, token by token, head by head.
 
