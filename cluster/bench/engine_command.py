@@ -74,6 +74,9 @@ def _add_shard_arguments(group: argparse._ArgumentGroup) -> None:
         "--routers", type=positive, default=1, metavar="N", help="Routers that decode at the same time. Default: 1."
     )
     group.add_argument(
+        "--transport", choices=("shm", "tcp"), default="shm", help="From routers to shards. Default: shm."
+    )
+    group.add_argument(
         "--shard-latency-ms", type=float, metavar="X",
         help="Simulated: shards sleep this long for each expert they are asked for, and compute nothing.",
     )  # fmt: skip
@@ -167,10 +170,12 @@ def _enter(
         max_sequences=cases.max_sequences,
         max_tokens=cases.max_tokens,
     )
-    tier = _tier(arguments, folder)
-    race.join(ARRIERO, lambda: start_arriero(ARRIERO, setup, closing, num_routers=arguments.routers, tier=tier))
+    arriero = partial(
+        start_arriero, setup=setup, closing=closing, tier=_tier(arguments, folder), transport=arguments.transport
+    )
+    race.join(ARRIERO, partial(arriero, ARRIERO, num_routers=arguments.routers))
     for name, root in arguments.beside:
-        race.join(name, partial(start_arriero, name, setup, closing, root=Path(root), tier=tier))
+        race.join(name, partial(arriero, name, root=Path(root)))
     pythons = dict(arguments.peer_python)
     for name in arguments.peers:
         if name == "llama.cpp" and arguments.gguf is None:
