@@ -18,11 +18,11 @@ from cluster.bench.flags import (
     name_list,
     positive,
     positive_list,
+    preset_checkpoint,
     usable_cores,
 )
 from cluster.bench.hardware import describe_hardware
-from cluster.checkpoints.presets import PRESETS, create_checkpoint
-from cluster.progress_bar import progress_bars
+from cluster.checkpoints.presets import PRESETS
 from cluster.service_model import read_model_config
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _pair(text: str) -> tuple[str, str]:
 def run(arguments: argparse.Namespace) -> int:
     check_output(arguments)
     _check(arguments)
-    folder = arguments.model or _preset_checkpoint(arguments.preset, arguments.cache)
+    folder = arguments.model or preset_checkpoint(arguments.preset, arguments.cache)
     config = read_model_config(folder)
     from cluster.bench.engine_bench import NOTES, PANELS, EngineCases, run_engine_bench
     from cluster.bench.race import Race
@@ -146,15 +146,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--routers needs --shards: routers without shards have nothing in common")
     if not arguments.shards and arguments.shard_latency_ms is not None:
         raise ValueError("--shard-latency-ms needs --shards")
-
-
-def _preset_checkpoint(preset: str, cache: Path) -> Path:
-    """Made once, then found again."""
-    folder = cache / preset
-    if not (folder / "config.json").exists():
-        with progress_bars() as bar:
-            create_checkpoint(preset, folder, progress=bar(f"making {folder}"))
-    return folder
 
 
 def _enter(
