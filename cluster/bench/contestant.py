@@ -91,7 +91,8 @@ def start_peer(name: str, setup: Setup, python: str, closing: ExitStack) -> Cont
     # The peers' code and nothing else of ours: our site-packages must not mix with the other environment's.
     root = closing.enter_context(TemporaryDirectory(prefix="arriero-bench-"))
     (Path(root) / "cluster").symlink_to(_package_folder(), target_is_directory=True)
-    command = [python, "-m", f"cluster.bench.peers.{MODULES[name]}"]
+    # -P: not what lies in the current folder.
+    command = [python, "-P", "-m", f"cluster.bench.peers.{MODULES[name]}"]
     columns: Row = {"contestant": name, "shards": 0}
     return _start([Child(name, command, environment={"PYTHONPATH": root})], [], [setup], columns, closing)
 
@@ -112,7 +113,7 @@ def start_arriero(
     """
     environment = {} if root is None else {"PYTHONPATH": str(root)}
     shards = None if tier is None else closing.enter_context(ShardChildren(tier))
-    command = [sys.executable, "-m", "cluster.bench.peers.arriero_peer"]
+    command = [sys.executable, "-P", "-m", "cluster.bench.peers.arriero_peer"]
     children = [Child(name, command, environment=environment) for _ in range(num_routers)]
     options: dict[str, Any] = {} if shards is None else {"epoch": shards.epoch.to_dict(), "secret": shards.secret.hex()}
     options["lane_transport"] = transport

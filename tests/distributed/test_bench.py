@@ -18,6 +18,7 @@ from cluster.bench.contestant import Contestant, Timing
 from cluster.bench.race import Race
 from cluster.checkpoints.presets import create_checkpoint
 
+CONSTANT = 'import sys\nfor line in sys.stdin:\n    print(\'{"seconds": [1.0], "cpu_seconds": [1.0]}\', flush=True)'
 ECHO = (
     "import sys, json\n"
     "for line in sys.stdin:\n"
@@ -64,6 +65,19 @@ def test_engine_bench_measures_all_contestants_and_says_who_is_absent(checkpoint
         assert row["tokens_per_s"] > 0
         assert (row["dtype"], row["threads"], row["shards"]) == ("float32", 1, 0)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
+def test_another_checkout_runs_its_own_code(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cluster" / "bench" / "peers"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parent.parent):
+        (package / "__init__.py").touch()
+    (folder / "arriero_peer.py").write_text(f'print(\'{{"version": "other"}}\', flush=True)\ninput()\n{CONSTANT}')
+    rows = rows_of(
+        bench(*ENGINE, "--model", checkpoint, "--batch", "1", "--prompt-tokens", "8", "--prefill", "",
+              "--beside", f"other={tmp_path}")
+    )  # fmt: skip
+    assert {row["contestant"]: row["p50_ms"] == 1000.0 for row in rows} == {"arriero": False, "other": True}
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
