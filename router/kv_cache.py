@@ -13,6 +13,7 @@ from enum import Enum
 
 import torch
 
+from experts.resident import resident_tensor
 from router.config import ModelConfig
 
 NULL_BLOCK = 0
@@ -80,5 +81,10 @@ class KvCache:
     def _allocate(self, num_blocks: int) -> LayerKv:
         config = self.spec.config
         shape = (num_blocks, config.num_key_value_heads, self.spec.block_size, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=self.spec.dtype, device=self.device) for _ in range(2))
+        keys, values = (self._zeros(shape) for _ in range(2))
         return LayerKv(keys, values)
+
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return resident_tensor(shape, self.spec.dtype)
+        return torch.zeros(shape, dtype=self.spec.dtype, device=self.device)

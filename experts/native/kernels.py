@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from experts.native.build import BuildError, load_library
+from experts.resident import resident_tensor
 
 FOLDER = Path(__file__).parent
 # "torch" turns the compiled kernels off: for comparison, and for whoever suspects them.
@@ -58,7 +59,7 @@ class ExpertKernels:
         num_out, num_in = weight_OI.shape
         _name, elements = DTYPES[weight_OI.dtype]
         num_words = -(-num_out // LANES) * -(-num_in // elements) * LANES
-        words = torch.empty(num_words, dtype=torch.int32)
+        words = resident_tensor((num_words,), torch.int32)
         self._pack[weight_OI.dtype](weight_OI.data_ptr(), num_out, num_in, words.data_ptr(), torch.get_num_threads())
         return PackedMatrix(words, num_out, num_in, weight_OI.dtype)
 
