@@ -23,8 +23,9 @@ def resident_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     num_bytes = prod(shape) * dtype.itemsize
     if num_bytes < MIN_MAPPED_BYTES:
         return torch.zeros(shape, dtype=dtype)
-    # A huge page begins at a multiple of its size; what is reserved and not used before that costs nothing.
-    pages = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES)
+    # A huge page begins at a multiple of its size; what is reserved and not used before that costs nothing. Private:
+    # memory that could be shared has another setting for huge pages, which is off almost everywhere.
+    pages = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A wish: a kernel without huge pages has no such advice.
         with suppress(OSError):

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from experts.linear import PackedLinear
-from router.native.kernels import layer_kernels
 
 
 class Gating(NamedTuple):
@@ -27,13 +26,10 @@ class Gate:
     def __init__(self, gate_ED: PackedLinear, top_k: int) -> None:
         self._gate_ED = gate_ED
         self._top_k = top_k
-        self._kernels = layer_kernels() if gate_ED.device.type == "cpu" else None
 
     def __call__(self, x_TD: torch.Tensor) -> Gating:
         """Expert ids, int64 and distinct per token, highest logit first; float32 scores in (0, 1)."""
         logits_TE = self._gate_ED.wide(x_TD)
-        if self._kernels is not None:
-            return Gating(*self._kernels.choose_experts(logits_TE, self._top_k))
         topk_logits_TK, topk_ids_TK = logits_TE.topk(self._top_k, dim=-1)
         return Gating(topk_ids_TK, scores(topk_logits_TK))
 

@@ -136,7 +136,7 @@ def expert_kernels() -> ExpertKernels | None:
     try:
         return ExpertKernels(load_library("experts", [FOLDER / "matmul.c"]))
     except BuildError as error:
-        logger.warning("no compiled kernels, everything takes up to twice as long: %s", error)
+        logger.warning("no compiled kernels, products are torch's and take up to twice as long: %s", error)
         return None
 
 

@@ -50,7 +50,7 @@ class LayerKernels:
         self._norm, self._position, self._attend = {}, {}, {}
         for dtype, (name, _elements) in DTYPES.items():
             self._norm[dtype] = _function(
-                library, f"rms_norm_{name}", _POINTER, _COUNT, _COUNT, _POINTER, _FLOAT, _POINTER
+                library, f"rms_norm_{name}", _POINTER, _COUNT, _COUNT, _POINTER, _FLOAT, _POINTER, _INT
             )
             self._position[dtype] = _function(
                 library, f"position_{name}", _POINTER, _COUNT, _COUNT, *_CACHE, _POINTER, _POINTER, _POINTER, _FLOAT,
@@ -60,14 +60,15 @@ class LayerKernels:
                 library, f"attend_{name}", _POINTER, _COUNT, *_CACHE, _POINTER, _COUNT, _POINTER, _FLOAT, _POINTER,
                 _POINTER, _INT,
             )  # fmt: skip
-        self._choose = _function(library, "choose_experts", _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER)
         self._largest = _function(library, "largest_of_rows", _POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT)
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         """As router.norm.rms_norm has it."""
         y_TD = torch.empty_like(x_TD)
         num_rows, width = x_TD.shape
-        self._norm[x_TD.dtype](x_TD.data_ptr(), num_rows, width, weight_D.data_ptr(), eps, y_TD.data_ptr())
+        self._norm[x_TD.dtype](
+            x_TD.data_ptr(), num_rows, width, weight_D.data_ptr(), eps, y_TD.data_ptr(), torch.get_num_threads()
+        )
         return y_TD
 
     def position(
@@ -112,14 +113,6 @@ class LayerKernels:
             raise MemoryError("no memory for a kernel's workspace")
         return out_TP
 
-    def choose_experts(self, logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids [T, K], int64, the largest logit first, and the sigmoids of their logits, float32."""
-        num_tokens, num_experts = logits_TE.shape
-        ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
-        scores_TK = torch.empty(num_tokens, top_k, dtype=torch.float32)
-        self._choose(logits_TE.data_ptr(), num_tokens, num_experts, top_k, ids_TK.data_ptr(), scores_TK.data_ptr())
-        return ids_TK, scores_TK
-
     def largest_of_rows(self, rows_LV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each row's largest number, float32 and NaN if the row has one, and where it first is."""
         num_rows, width = rows_LV.shape
@@ -149,5 +142,5 @@ def layer_kernels() -> LayerKernels | None:
     try:
         return LayerKernels(load_library("layers", SOURCES, [HEADERS]))
     except BuildError as error:
-        logger.warning("no compiled kernels, everything takes up to twice as long: %s", error)
+        logger.warning("no compiled kernels, attention is torch's and takes several times as long: %s", error)
         return None

@@ -3,17 +3,21 @@
 #include "elements.h"
 
 /* y = x / rms(x), rounded to the element, times weight. x and y [num_rows, width]. */
-void TYPED(rms_norm)(const ELEMENT *x, int64_t num_rows, int64_t width, const ELEMENT *weight, float eps, ELEMENT *y) {
-  for (int64_t row = 0; row < num_rows; row++, x += width, y += width) {
+void TYPED(rms_norm)(const ELEMENT *x, int64_t num_rows, int64_t width, const ELEMENT *weight, float eps, ELEMENT *y,
+                     int num_threads) {
+#pragma omp parallel for if (num_threads > 1 && num_rows > 16) num_threads(num_threads)
+  for (int64_t row = 0; row < num_rows; row++) {
+    const ELEMENT *from = x + row * width;
+    ELEMENT *to = y + row * width;
     floats squares = all(0);
     for (int64_t i = 0; i < width; i += LANES) {
-      const floats value = TYPED(load)(x + i, width - i);
+      const floats value = TYPED(load)(from + i, width - i);
       squares = squares + value * value;
     }
     const float factor = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
     for (int64_t i = 0; i < width; i += LANES) {
-      const floats normed = TYPED(rounded)(TYPED(load)(x + i, width - i) * factor);
-      TYPED(store)(y + i, normed * TYPED(load)(weight + i, width - i), width - i);
+      const floats normed = TYPED(rounded)(TYPED(load)(from + i, width - i) * factor);
+      TYPED(store)(to + i, normed * TYPED(load)(weight + i, width - i), width - i);
     }
   }
 }

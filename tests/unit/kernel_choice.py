@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+from experts.native.build import NoCompilerError, find_compiler
 from experts.native.kernels import CHOICE, expert_kernels
 from router.native.kernels import layer_kernels
 
@@ -18,14 +19,22 @@ KERNELS = ("native", "torch")
 @contextmanager
 def kernels(choice: str) -> Iterator[None]:
     """What is built within uses these kernels. Skips the test where there is no C compiler for the native ones."""
+    if choice == "native":
+        _require_compiler()
     with patch.dict(os.environ, {CHOICE: choice}):
         _forget()
         try:
-            if choice == "native" and layer_kernels() is None:
-                pytest.skip("this machine cannot compile kernels")
+            assert (layer_kernels() is not None) == (choice == "native")
             yield
         finally:
             _forget()
+
+
+def _require_compiler() -> None:
+    try:
+        find_compiler()
+    except NoCompilerError as error:
+        pytest.skip(str(error))
 
 
 def _forget() -> None:
