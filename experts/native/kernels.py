@@ -37,7 +37,7 @@ class PackedMatrix:
 
 
 class ExpertKernels:
-    """CPU tensors only; inputs are contiguous, of one dtype, and not checked here."""
+    """CPU tensors only, contiguous."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._pack, self._matmul, self._experts = {}, {}, {}
@@ -67,7 +67,10 @@ class ExpertKernels:
         self, x_RI: torch.Tensor, weight: PackedMatrix, *, added_RO: torch.Tensor | None = None, wide: bool = False
     ) -> torch.Tensor:
         """``x @ weight.T (+ added)`` [R, O], in x's dtype or, wide, in float32: as it was summed up."""
-        num_rows = x_RI.shape[0]
+        num_rows, num_in = x_RI.shape
+        # The kernel reads as much as the weight says there is.
+        assert (x_RI.dtype, num_in) == (weight.dtype, weight.in_features), "rows that the weight is not made for"
+        assert added_RO is None or (added_RO.dtype == weight.dtype and added_RO.is_contiguous())
         y_RO = torch.empty(num_rows, weight.out_features, dtype=torch.float32 if wide else weight.dtype)
         if num_rows:
             narrow_y, wide_y = (None, y_RO.data_ptr()) if wide else (y_RO.data_ptr(), None)
@@ -93,23 +96,31 @@ class ExpertKernels:
         Each expert is its gate, up and down; all have the same shape. Every count is at least 1.
         """
         y_RD = torch.empty_like(x_RD)
-        spans: list[int] = []
-        start = 0
-        for index, count in enumerate(rows_per_expert):
-            spans += (index, start, start + count)
-            start += count
-        if start:
-            addresses = [matrix.address for expert in experts for matrix in expert]
+        spans = _spans(rows_per_expert)
+        assert sum(rows_per_expert) == x_RD.shape[0], "each row has an expert"
+        if x_RD.shape[0]:
             gate = experts[0][0]
+            assert (x_RD.dtype, x_RD.shape[1]) == (gate.dtype, gate.in_features), "rows that experts are not made for"
+            addresses = [matrix.address for expert in experts for matrix in expert]
             added = None if added_RD is None else added_RD.data_ptr()
             _check(
                 self._experts[gate.dtype](
-                    x_RD.data_ptr(), start, (_COUNT * len(spans))(*spans), len(rows_per_expert),
+                    x_RD.data_ptr(), x_RD.shape[0], (_COUNT * len(spans))(*spans), len(rows_per_expert),
                     (_POINTER * len(addresses))(*addresses), gate.in_features, gate.out_features, added,
                     y_RD.data_ptr(), torch.get_num_threads(),
                 )
             )  # fmt: skip
         return y_RD
+
+
+def _spans(rows_per_expert: Sequence[int]) -> list[int]:
+    """Index of the expert, its first row and the one after its last, flat."""
+    spans: list[int] = []
+    start = 0
+    for index, count in enumerate(rows_per_expert):
+        spans += (index, start, start + count)
+        start += count
+    return spans
 
 
 def _check(status: int) -> None:

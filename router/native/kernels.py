@@ -64,8 +64,10 @@ class LayerKernels:
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         """As router.norm.rms_norm has it."""
-        y_TD = torch.empty_like(x_TD)
         num_rows, width = x_TD.shape
+        assert x_TD.is_contiguous()
+        assert (weight_D.dtype, len(weight_D)) == (x_TD.dtype, width)
+        y_TD = torch.empty_like(x_TD)
         self._norm[x_TD.dtype](
             x_TD.data_ptr(), num_rows, width, weight_D.data_ptr(), eps, y_TD.data_ptr(), torch.get_num_threads()
         )
@@ -79,6 +81,7 @@ class LayerKernels:
         projected_TP has query heads, key heads, value heads. slots_T: block * block size + place in the block.
         """
         num_tokens = projected_TP.shape[0]
+        assert projected_TP.dtype == kv.keys_BKSD.dtype, "keys of another dtype than the cache's"
         q_TP = projected_TP.new_empty(num_tokens, num_query_heads * kv.head_dim)
         rotation, eps = changes.rotation, changes.norm_eps
         self._position[projected_TP.dtype](

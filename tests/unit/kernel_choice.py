@@ -20,7 +20,7 @@ KERNELS = ("native", "torch")
 def kernels(choice: str) -> Iterator[None]:
     """What is built within uses these kernels. Skips the test where there is no C compiler for the native ones."""
     if choice == "native":
-        _require_compiler()
+        require_compiler()
     with patch.dict(os.environ, {CHOICE: choice}):
         _forget()
         try:
@@ -30,7 +30,8 @@ def kernels(choice: str) -> Iterator[None]:
             _forget()
 
 
-def _require_compiler() -> None:
+def require_compiler() -> None:
+    """Skips the test where there is none."""
     try:
         find_compiler()
     except NoCompilerError as error:

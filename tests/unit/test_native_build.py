@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_choice import kernels
+from kernel_choice import kernels, require_compiler
 
 from experts.linear import PackedLinear
 from experts.native import build
@@ -20,31 +20,38 @@ from experts.native.kernels import CHOICE, expert_kernels
 from router.native.kernels import layer_kernels
 
 
-@pytest.fixture(autouse=True)
-def _native() -> Iterator[None]:
-    with kernels("native"):
+@pytest.fixture
+def unchosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody has asked for kernels yet, nor says which; whether there is a compiler is the test's matter."""
+    with kernels("torch"):
+        monkeypatch.delenv(CHOICE)
+        expert_kernels.cache_clear()
+        layer_kernels.cache_clear()
         yield
 
 
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    require_compiler()
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "arriero"
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(compiler: None, tmp_path: Path) -> Path:
     path = tmp_path / "answer.c"
     path.write_text("int answer(void) { return 42; }\n")
     return path
 
 
 def test_without_a_compiler_everything_is_torchs_and_the_log_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    unchosen: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _command: None)
-    expert_kernels.cache_clear()
-    layer_kernels.cache_clear()
     with caplog.at_level(logging.WARNING):
         linear = PackedLinear(torch.eye(4))
         assert layer_kernels() is None
@@ -139,8 +146,7 @@ def test_processes_that_compile_at_once_all_get_the_library(cache: Path, source:
     assert len(list(cache.iterdir())) == 1
 
 
-def test_another_choice_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_choice_than_there_is_is_refused(unchosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOICE, "fast")
-    expert_kernels.cache_clear()
     with pytest.raises(ValueError, match="ARRIERO_KERNELS must be native or torch, got 'fast'"):
         expert_kernels()
