@@ -12,12 +12,19 @@ void TYPED(pack)(const ELEMENT *weight, int64_t num_out, int64_t num_in, uint32_
 #pragma omp parallel if (num_threads > 1) num_threads(num_threads)
   FOR_EACH_TASK(panel, counter, num_panels) {
     uint32_t *to = packed + panel * num_words * LANES;
-    int64_t present = smaller(LANES, num_out - panel * LANES);
-    memset(to, 0, (size_t)(num_words * LANES) * 4);
-    for (int64_t k = 0; k < num_words; k++)
-      for (int64_t lane = 0; lane < present; lane++)
-        memcpy(to + k * LANES + lane, weight + (panel * LANES + lane) * num_in + k * WORD_ELEMENTS,
-               (size_t)smaller(WORD_ELEMENTS, num_in - k * WORD_ELEMENTS) * sizeof(ELEMENT));
+    const ELEMENT *from = weight + panel * LANES * num_in;
+    const int64_t present = smaller(LANES, num_out - panel * LANES);
+    for (int64_t first = 0; first < num_words; first += LANES, to += LANES * LANES) {
+      words block[LANES] = {{0}};
+      const int64_t column = first * WORD_ELEMENTS, count = smaller(LANES * WORD_ELEMENTS, num_in - column);
+      if (count == LANES * WORD_ELEMENTS && present == LANES)
+        for (int lane = 0; lane < LANES; lane++) block[lane] = load_words(from + lane * num_in + column);
+      else
+        for (int64_t lane = 0; lane < present; lane++)
+          memcpy(&block[lane], from + lane * num_in + column, (size_t)count * sizeof(ELEMENT));
+      turn(block);
+      memcpy(to, block, (size_t)smaller(LANES, num_words - first) * sizeof *block);
+    }
   }
 }
 

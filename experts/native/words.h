@@ -118,6 +118,30 @@ INLINE float largest_of(floats value) {
   return parts[0];
 }
 
+/* A 16 x 16 matrix of words, turned around its diagonal: corners change places in ever smaller squares. */
+#define TURN(rows, distance)                                                                                \
+  do {                                                                                                      \
+    words low, high;                                                                                        \
+    for (int lane = 0; lane < LANES; lane++) {                                                              \
+      const int odd = lane / distance % 2;                                                                  \
+      low[lane] = (uint32_t)(odd ? LANES + lane - distance : lane);                                         \
+      high[lane] = (uint32_t)(odd ? LANES + lane : lane + distance);                                        \
+    }                                                                                                       \
+    for (int row = 0; row < LANES; row++)                                                                   \
+      if (row / distance % 2 == 0) {                                                                        \
+        const words a = rows[row], b = rows[row + distance];                                                \
+        rows[row] = __builtin_shuffle(a, b, low);                                                           \
+        rows[row + distance] = __builtin_shuffle(a, b, high);                                               \
+      }                                                                                                     \
+  } while (0)
+
+INLINE void turn(words *rows) {
+  TURN(rows, 8);
+  TURN(rows, 4);
+  TURN(rows, 2);
+  TURN(rows, 1);
+}
+
 /* Memory that a thread keeps from call to call; what it held is lost when it has to grow. NULL without memory. */
 INLINE void *workspace(int which, int64_t num_bytes) {
   static __thread struct { void *memory; int64_t num_bytes; } kept[2];

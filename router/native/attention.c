@@ -24,30 +24,6 @@ typedef struct {
   int64_t first_token, num_tokens, num_visible, table;
 } Tile;
 
-/* A 16 x 16 matrix of words, turned around its diagonal: corners change places in ever smaller squares. */
-#define TURN(rows, distance)                                                                                \
-  do {                                                                                                      \
-    words low, high;                                                                                        \
-    for (int lane = 0; lane < LANES; lane++) {                                                              \
-      const int odd = lane / distance % 2;                                                                  \
-      low[lane] = (uint32_t)(odd ? LANES + lane - distance : lane);                                         \
-      high[lane] = (uint32_t)(odd ? LANES + lane : lane + distance);                                        \
-    }                                                                                                       \
-    for (int row = 0; row < LANES; row++)                                                                   \
-      if (row / distance % 2 == 0) {                                                                        \
-        const words a = rows[row], b = rows[row + distance];                                                \
-        rows[row] = __builtin_shuffle(a, b, low);                                                           \
-        rows[row + distance] = __builtin_shuffle(a, b, high);                                               \
-      }                                                                                                     \
-  } while (0)
-
-INLINE void turn(words *rows) {
-  TURN(rows, 8);
-  TURN(rows, 4);
-  TURN(rows, 2);
-  TURN(rows, 1);
-}
-
 #define TYPED(name) name##_float
 #define ELEMENT float
 #define WORD_ELEMENTS 1
