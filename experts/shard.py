@@ -13,7 +13,7 @@ import torch
 from experts.epoch import Epoch
 from experts.load import ExpertLoad
 from experts.message import Refusal
-from experts.mlp import Expert
+from experts.mlp import Expert, apply_experts
 from experts.placement import ShardId, Slot
 
 
@@ -123,11 +123,7 @@ class Shard:
 
         Raises ValueError when the slot is not loaded.
         """
-        mlp = self._slots.get(slot)
-        if mlp is None:
-            raise ValueError(f"slot {slot} is not loaded on {self.shard_id}")
-        self.load.add(slot, x_RD.shape[0])
-        return mlp(x_RD)
+        return self._expert(slot, x_RD.shape[0])(x_RD)
 
     def apply(self, layer: int, x_RD: torch.Tensor, rows_per_expert: Sequence[tuple[int, int]]) -> torch.Tensor:
         """y_RD for rows grouped by expert: rows_per_expert lists ``(expert, number of rows)`` in row order.
@@ -137,8 +133,12 @@ class Shard:
         counts = [rows for _expert, rows in rows_per_expert]
         if sum(counts) != x_RD.shape[0]:
             raise ValueError(f"rows_per_expert adds up to {sum(counts)}, x_RD has {x_RD.shape[0]} rows")
-        y_RD = torch.empty_like(x_RD)
-        pairs = zip(torch.split(x_RD, counts), torch.split(y_RD, counts), strict=True)
-        for (expert, _rows), (x, y) in zip(rows_per_expert, pairs, strict=True):
-            y.copy_(self.apply_expert(Slot(layer, expert), x))
-        return y_RD
+        experts = [self._expert(Slot(layer, expert), rows) for expert, rows in rows_per_expert]
+        return apply_experts(experts, x_RD, counts)
+
+    def _expert(self, slot: Slot, num_rows: int) -> Expert:
+        """Counts the rows that it is about to get."""
+        if slot not in self._slots:
+            raise ValueError(f"slot {slot} is not loaded on {self.shard_id}")
+        self.load.add(slot, num_rows)
+        return self._slots[slot]

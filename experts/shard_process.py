@@ -15,8 +15,9 @@ from typing import Any, Self
 
 import torch
 
-from experts.epoch import Epoch, ShardAddress
+from experts.epoch import Epoch
 from experts.expert_shape import ExpertShape
+from experts.logs import LogSettings
 from experts.placement import ShardId, Slot
 from experts.server import ShardServer
 from experts.shard import Shard
@@ -46,6 +47,7 @@ class ShardProcessSpec:
                 "shape": ExpertShape(**given["shape"]),
                 "slots": tuple(Slot(*slot) for slot in given["slots"]),
                 "secret": bytes.fromhex(given["secret"]),
+                "log": LogSettings(**given["log"]),
             }
         )
         return cls(shard=shard, echo_s=plain["echo_s"])
@@ -74,8 +76,7 @@ def main() -> None:
         _answer({"error": f"{type(error).__name__}: {error}"})
         return
     server.start()
-    address = ShardAddress(shard_id=shard.shard_id, node_id="this host", host=server.host, port=server.port)
-    _answer(asdict(address))
+    _answer(asdict(server.address("this host")))
     for line in sys.stdin:
         epoch = Epoch.from_dict(json.loads(line))
         shard.serve_epoch(epoch)

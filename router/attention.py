@@ -17,9 +17,11 @@ from experts.linear import PackedLinear
 from router.attention_plan import AttentionPlan
 from router.config import ModelConfig
 from router.kv_cache import LayerKv
+from router.native.kernels import PositionChanges
 from router.norm import rms_normalize
 from router.paged_attention import attend
 from router.rope import Rotation, rotate
+from router.tile_plan import TilePlan
 
 
 class PositionFactors(NamedTuple):
@@ -43,13 +45,35 @@ class AttentionLayer:
         self._weights = weights
         self._is_local = is_local
 
-    def __call__(self, x_TD: torch.Tensor, factors: PositionFactors, kv: LayerKv, plan: AttentionPlan) -> torch.Tensor:
-        """Stores the tokens' keys and values in ``kv``, then attends. Returns [T, D] in x's dtype."""
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        factors: PositionFactors,
+        kv: LayerKv,
+        plan: AttentionPlan | TilePlan,
+        *,
+        residual_TD: torch.Tensor,
+    ) -> torch.Tensor:
+        """Stores the tokens' keys and values in ``kv``, then attends. Returns residual + output, in x's dtype."""
+        if isinstance(plan, TilePlan):
+            out_TP = plan.attend(self._weights.qkv(x_TD), kv, self._changes(factors))
+        else:
+            out_TP = self._attend(x_TD, factors, kv, plan)
+        return self._weights.output(out_TP, added_RO=residual_TD)
+
+    def _changes(self, factors: PositionFactors) -> PositionChanges:
+        """What _position does, for the compiled kernels."""
+        if self._is_local:
+            eps = self._config.rms_norm_eps if self._config.use_qk_norm else None
+            return PositionChanges(rotation=factors.rotation, norm_eps=eps)
+        return PositionChanges(temperature_T=factors.temperature_T11 if self._config.attn_temperature_tuning else None)
+
+    def _attend(self, x_TD: torch.Tensor, factors: PositionFactors, kv: LayerKv, plan: AttentionPlan) -> torch.Tensor:
         q_THA, k_TKA, v_TKA = self._project(x_TD)
         q_THA, k_TKA = self._position(q_THA, k_TKA, factors)
         kv.write(plan.kv_rows, k_TKA, v_TKA)
         out_THA = attend(q_THA, kv, plan).out_THD
-        return self._weights.output(out_THA.flatten(1).to(x_TD.dtype))
+        return out_THA.flatten(1).to(x_TD.dtype)
 
     def _project(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         first_k = self._config.num_attention_heads

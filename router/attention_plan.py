@@ -115,11 +115,11 @@ class AttentionPlanner:
         """
         return max(self.block_size, POSITIONS_PER_SPLIT // self.block_size * self.block_size)
 
-    def plan(self, spans: Sequence[Span], kv_positions: IntArray, kv_blocks: IntArray) -> AttentionPlan:
-        """``kv_positions`` [T] and ``kv_blocks`` [T]: position of each token of the step, block it is stored in."""
+    def plan(self, spans: Sequence[Span], slots_T: IntArray) -> AttentionPlan:
+        """``slots_T``: where each token of the step is stored, block * block size + place in the block."""
         tiles = sorted((tile for span in spans for tile in self._tiles(span)), key=self._order, reverse=True)
         batches: list[TileBatch] = []
-        output_rows = np.zeros((len(kv_positions), self.heads.num_query_heads), dtype=np.int64)
+        output_rows = np.zeros((len(slots_T), self.heads.num_query_heads), dtype=np.int64)
         first_row = 0
         for num_rows, same in groupby(tiles, key=self._num_rows):
             for batch_tiles in self._bounded(list(same), num_rows):
@@ -130,7 +130,7 @@ class AttentionPlanner:
         return AttentionPlan(
             heads=self.heads,
             positions_per_split=self.positions_per_split,
-            kv_rows=self._kv_rows(kv_positions, kv_blocks),
+            kv_rows=self._kv_rows(slots_T),
             batches=tuple(batches),
             output_rows=self._to_device(output_rows),
         )
@@ -206,10 +206,11 @@ class AttentionPlanner:
             hidden=hidden,
         )
 
-    def _kv_rows(self, positions: IntArray, blocks: IntArray) -> torch.Tensor:
+    def _kv_rows(self, slots_T: IntArray) -> torch.Tensor:
         head = np.arange(self.heads.num_kv_heads)[None, :]
-        first_row = (blocks[:, None] * self.heads.num_kv_heads + head) * self.block_size
-        return self._to_device(first_row + (positions % self.block_size)[:, None])
+        blocks_T, places_T = np.divmod(slots_T, self.block_size)
+        first_row = (blocks_T[:, None] * self.heads.num_kv_heads + head) * self.block_size
+        return self._to_device(first_row + places_T[:, None])
 
     def _to_device(self, array: IntArray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array).reshape(-1)).to(self.device)

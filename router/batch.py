@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,11 @@ import torch
 from router.attention_plan import AttentionPlan, AttentionPlanner, Heads, IntArray, Span
 from router.config import ModelConfig
 from router.kv_cache import NULL_BLOCK, KvGroup
+from router.native.kernels import layer_kernels
+from router.tile_plan import TilePlan, can_plan_tiles, plan_tiles
+
+StepPlan = AttentionPlan | TilePlan
+"""TilePlan where there are compiled kernels, AttentionPlan elsewhere."""
 
 
 class InputEmbeddings(NamedTuple):
@@ -51,8 +57,8 @@ class Batch:
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     rope_positions_T: torch.Tensor
-    global_plan: AttentionPlan
-    local_plan: AttentionPlan
+    global_plan: StepPlan
+    local_plan: StepPlan
     logit_rows_L: torch.Tensor
     embeddings: InputEmbeddings | None
 
@@ -65,43 +71,40 @@ def build_batch(slices: Sequence[SequenceSlice], config: ModelConfig, block_size
     """``slices`` are of different sequences, each with at least one token."""
     assert slices, "a step computes something"
     assert all(len(part.token_ids) for part in slices), "a slice has at least one token"
-    positions_T = np.concatenate([np.arange(part.start, part.start + len(part.token_ids)) for part in slices])
+    positions: list[int] = []
+    token_ids: list[int] = []
+    for part in slices:
+        positions += range(part.start, part.start + len(part.token_ids))
+        token_ids += part.token_ids
+    positions_T = np.array(positions, dtype=np.int64)
     chunk = config.attention_chunk_size
     return Batch(
-        token_ids_T=_to_device(np.concatenate([np.asarray(part.token_ids) for part in slices]), device),
+        token_ids_T=_to_device(np.array(token_ids, dtype=np.int64), device),
         positions_T=_to_device(positions_T, device),
         rope_positions_T=_to_device(positions_T if chunk is None else positions_T % chunk, device),
-        global_plan=_plan(slices, KvGroup.GLOBAL, positions_T, config, block_size, device),
-        local_plan=_plan(slices, KvGroup.LOCAL, positions_T, config, block_size, device),
+        global_plan=_plan(slices, KvGroup.GLOBAL, config, block_size, device),
+        local_plan=_plan(slices, KvGroup.LOCAL, config, block_size, device),
         logit_rows_L=_to_device(_logit_rows(slices), device),
         embeddings=_embeddings(slices, device),
     )
 
 
 def _plan(
-    slices: Sequence[SequenceSlice],
-    group: KvGroup,
-    positions_T: IntArray,
-    config: ModelConfig,
-    block_size: int,
-    device: torch.device,
-) -> AttentionPlan:
+    slices: Sequence[SequenceSlice], group: KvGroup, config: ModelConfig, block_size: int, device: torch.device
+) -> StepPlan:
     chunk = config.attention_chunk_size if group is KvGroup.LOCAL else None
-    planner = AttentionPlanner(
-        heads=Heads(num_query_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads),
-        head_dim=config.head_dim,
-        block_size=block_size,
-        device=device,
-    )
-    first_tokens = _first_rows(slices)
-    spans = [
-        span
-        for part, first_token in zip(slices, first_tokens, strict=True)
-        for span in _spans(part, first_token, group, chunk, block_size)
-    ]
-    kv_blocks_T = np.concatenate([_blocks_of_tokens(part, group, block_size) for part in slices])
-    assert (kv_blocks_T != NULL_BLOCK).all(), f"a token of the step has no {group.value} block"
-    return planner.plan(spans, positions_T, kv_blocks_T)
+    heads = Heads(num_query_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads)
+    spans: list[Span] = []
+    slots: list[int] = []
+    for part, first_token in zip(slices, _first_rows(slices), strict=True):
+        spans += _spans(part, first_token, group, chunk, block_size)
+        slots += _slots(part, group, block_size)
+    slots_T = np.array(slots, dtype=np.int64)
+    kernels = layer_kernels() if device.type == "cpu" and can_plan_tiles(heads, config.head_dim) else None
+    if kernels is not None:
+        return plan_tiles(spans, slots_T, heads, kernels)
+    planner = AttentionPlanner(heads=heads, head_dim=config.head_dim, block_size=block_size, device=device)
+    return planner.plan(spans, slots_T)
 
 
 def _spans(part: SequenceSlice, first_token: int, group: KvGroup, chunk: int | None, block_size: int) -> Iterator[Span]:
@@ -120,25 +123,28 @@ def _spans(part: SequenceSlice, first_token: int, group: KvGroup, chunk: int | N
         position = stop
 
 
-def _blocks_of_tokens(part: SequenceSlice, group: KvGroup, block_size: int) -> IntArray:
-    """The block of each of the slice's tokens."""
-    first_block = part.start // block_size
-    end = part.start + len(part.token_ids)
-    blocks = np.asarray(part.blocks(group)[first_block : -(-end // block_size)], dtype=np.int64)
-    return blocks[np.arange(part.start, end) // block_size - first_block]
+def _slots(part: SequenceSlice, group: KvGroup, block_size: int) -> Iterator[int]:
+    """Where each of the slice's tokens is stored: block * block size + place in the block."""
+    blocks = part.blocks(group)
+    position, end = part.start, part.start + len(part.token_ids)
+    while position < end:
+        index = position // block_size
+        assert blocks[index] != NULL_BLOCK, f"a token of the step has no {group.value} block"
+        stop = min(end, (index + 1) * block_size)
+        first = blocks[index] * block_size + position % block_size
+        yield from range(first, first + stop - position)
+        position = stop
 
 
 def _first_rows(slices: Sequence[SequenceSlice]) -> list[int]:
-    lengths = [len(part.token_ids) for part in slices]
-    return [0, *np.cumsum(lengths[:-1]).tolist()]
+    return list(accumulate((len(part.token_ids) for part in slices[:-1]), initial=0))
 
 
 def _logit_rows(slices: Sequence[SequenceSlice]) -> IntArray:
-    rows = [
-        np.arange(first_row + part.logits_from, first_row + len(part.token_ids))
-        for part, first_row in zip(slices, _first_rows(slices), strict=True)
-    ]
-    return np.concatenate(rows)
+    rows: list[int] = []
+    for part, first_row in zip(slices, _first_rows(slices), strict=True):
+        rows += range(first_row + part.logits_from, first_row + len(part.token_ids))
+    return np.array(rows, dtype=np.int64)
 
 
 def _embeddings(slices: Sequence[SequenceSlice], device: torch.device) -> InputEmbeddings | None:

@@ -18,6 +18,7 @@ from router.config import ModelConfig
 from router.engine_limits import EngineLimits
 from router.finish import finish_reason, finish_reason_of_resumed
 from router.kv_cache import KvCache
+from router.maxima import row_maxima
 from router.messages import (
     EngineStats,
     ErrorCode,
@@ -185,9 +186,10 @@ class Engine:
         if parts:
             result = self._forward(parts)
             parts = self._park(parts, result.missing_T)
-            failures = find_failures(parts, result, self._dispatcher.lost)
+            maxima = row_maxima(result.logits_LV)
+            failures = find_failures(parts, result.missing_T, maxima, self._dispatcher.lost)
             self._note_degraded(parts, failures, result.missing_T)
-            sampled = sample_parts((part for part in parts if part.sequence not in failures), result.logits_LV)
+            sampled = sample_parts((part for part in parts if part.sequence not in failures), result.logits_LV, maxima)
             outputs += self._update(parts, failures, sampled, result.logits_LV)
         return outputs
 

@@ -30,6 +30,7 @@ from router.epoch_switch import EpochSwitch
 from router.kv_cache import KvCache, KvCacheSpec, KvGroup
 from router.messages import EngineSettings, Start
 from router.model import Llama4Model
+from router.native.kernels import layer_kernels
 from router.weights import load_router, validate_router
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,9 @@ def build_engine(start: Start, progress: Callable[[str], Progress] | None = None
     spec = KvCacheSpec(config=config, dtype=dtype, block_size=config.block_size_for(settings.block_size))
     demand = kv_demand(spec, settings)
     validate_router(checkpoint, config)
+    if device.type == "cpu":
+        # Compiled, or the log says why not, while nobody waits for a token.
+        layer_kernels()
     if start.epoch is None:
         validate_experts(checkpoint, config.moe_layers, config.expert_shape)
     weights = load_router(checkpoint, config, dtype=dtype, device=device, progress=progress("router"))

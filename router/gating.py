@@ -29,9 +29,9 @@ class Gate:
 
     def __call__(self, x_TD: torch.Tensor) -> Gating:
         """Expert ids, int64 and distinct per token, highest logit first; float32 scores in (0, 1)."""
-        logits_TE = self._gate_ED(x_TD)
+        logits_TE = self._gate_ED.wide(x_TD)
         topk_logits_TK, topk_ids_TK = logits_TE.topk(self._top_k, dim=-1)
-        return Gating(topk_ids_TK, scores(topk_logits_TK.float()))
+        return Gating(topk_ids_TK, scores(topk_logits_TK))
 
 
 def scores(logits_TK: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from enum import Enum
 
 import torch
 
+from experts.resident import resident_tensor
 from router.config import ModelConfig
 
 NULL_BLOCK = 0
@@ -47,6 +48,10 @@ class LayerKv:
         self.keys_BKSD = keys_BKSD
         self.values_BKSD = values_BKSD
 
+    @property
+    def head_dim(self) -> int:
+        return self.keys_BKSD.shape[-1]
+
     def write(self, rows: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
         """Stores the tokens of a step. ``rows`` [T*K] numbers the [B*K*S] rows of D, token by token, head by head.
 
@@ -76,5 +81,10 @@ class KvCache:
     def _allocate(self, num_blocks: int) -> LayerKv:
         config = self.spec.config
         shape = (num_blocks, config.num_key_value_heads, self.spec.block_size, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=self.spec.dtype, device=self.device) for _ in range(2))
+        keys, values = (self._zeros(shape) for _ in range(2))
         return LayerKv(keys, values)
+
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return resident_tensor(shape, self.spec.dtype)
+        return torch.zeros(shape, dtype=self.spec.dtype, device=self.device)

@@ -12,8 +12,7 @@ import torch
 from experts.dispatch import Dispatcher
 from experts.mlp import Mlp
 from router.attention import AttentionLayer, PositionFactors, temperature
-from router.attention_plan import AttentionPlan
-from router.batch import Batch
+from router.batch import Batch, StepPlan
 from router.config import ModelConfig
 from router.gating import Gate
 from router.kv_cache import KvCache, LayerKv
@@ -63,7 +62,7 @@ class Llama4Model:
 
     def _logits(self, x_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
         x_LD = x_TD.index_select(0, batch.logit_rows_L)
-        return self.weights.lm_head_VD(rms_norm(x_LD, self.weights.norm_D, self.config.rms_norm_eps)).float()
+        return self.weights.lm_head_VD.wide(rms_norm(x_LD, self.weights.norm_D, self.config.rms_norm_eps))
 
 
 class _DecoderLayer:
@@ -83,17 +82,16 @@ class _DecoderLayer:
         x_TD: torch.Tensor,
         factors: PositionFactors,
         kv: LayerKv,
-        plan: AttentionPlan,
+        plan: StepPlan,
         dispatcher: Dispatcher,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer's output and, of an MoE layer, which tokens missed an expert."""
         normed_TD = rms_norm(x_TD, self._weights.input_norm_D, self._eps)
-        x_TD = x_TD + self._attention(normed_TD, factors, kv, plan)
+        x_TD = self._attention(normed_TD, factors, kv, plan, residual_TD=x_TD)
         normed_TD = rms_norm(x_TD, self._weights.post_attention_norm_D, self._eps)
         if isinstance(self._feed_forward, Mlp):
-            return x_TD + self._feed_forward(normed_TD), None
-        combined = self._feed_forward(normed_TD, dispatcher)
-        return x_TD + combined.y_TD, combined.missing_T
+            return self._feed_forward(normed_TD, added_RD=x_TD), None
+        return self._feed_forward(normed_TD, dispatcher, residual_TD=x_TD)
 
 
 def _either(first_T: torch.Tensor | None, second_T: torch.Tensor | None) -> torch.Tensor | None:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from router.logprobs import token_logprobs
+from router.maxima import Maxima, row_maxima
 from router.messages import TokenLogprobs
 from router.noise import uniform
 from router.sampling_state import SamplingState
@@ -40,21 +41,24 @@ class Sampled:
     logprobs: TokenLogprobs | None
 
 
-def sample(logits_LV: torch.Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
-    """The next token of each sequence from its row of logits_LV, float32, which is left as it was."""
-    token_ids = _choose(logits_LV, states)
+def sample(logits_LV: torch.Tensor, states: Sequence[SamplingState], maxima: Maxima | None = None) -> list[Sampled]:
+    """The next token of each sequence from its row of logits_LV, float32, which is left as it was.
+
+    maxima: of logits_LV, if they are known.
+    """
+    token_ids = _choose(logits_LV, states, maxima)
     logprobs = _logprobs(logits_LV, states, token_ids)
     return [Sampled(token_id=t, logprobs=logprobs.get(row)) for row, t in enumerate(token_ids)]
 
 
-def _choose(logits_LV: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """Steps 2 to 7. All greedy and nothing to adjust, the common case, is one argmax."""
+def _choose(logits_LV: torch.Tensor, states: Sequence[SamplingState], maxima: Maxima | None) -> list[int]:
+    """Steps 2 to 7. All greedy and nothing to adjust, the common case, is to take the largest."""
     adjusted = [row for row, state in enumerate(states) if state.changes_logits]
     if adjusted:
-        logits_LV = logits_LV.clone()
+        logits_LV, maxima = logits_LV.clone(), None
     for row in adjusted:
         states[row].adjust(logits_LV[row])
-    token_ids: list[int] = logits_LV.argmax(dim=-1).tolist()
+    token_ids: list[int] = (maxima or row_maxima(logits_LV)).ids_L.tolist()
     drawn = [row for row, state in enumerate(states) if not state.params.is_greedy]
     if drawn:
         drawn_ids = _draw(logits_LV[drawn], [states[row] for row in drawn])

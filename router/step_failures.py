@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from experts.placement import ShardId
+from router.maxima import Maxima
 from router.messages import ErrorCode, MissingExpertPolicy
-from router.model import ForwardResult
 from router.sequence import Sequence as TokenSequence
 from router.sequence_output import StepFailure
 from router.step_part import StepPart
@@ -24,12 +24,12 @@ def parts_that_wait(parts: Iterable[StepPart], missing_T: torch.Tensor | None) -
 
 
 def find_failures(
-    parts: Sequence[StepPart], result: ForwardResult, lost: Mapping[ShardId, str]
+    parts: Sequence[StepPart], missing_T: torch.Tensor | None, maxima: Maxima, lost: Mapping[ShardId, str]
 ) -> dict[TokenSequence, StepFailure]:
-    """Sequences that end here. lost: why shards cannot be reached."""
+    """Sequences that end here. maxima: of the step's logits. lost: why shards cannot be reached."""
     failures: dict[TokenSequence, StepFailure] = {}
-    missing = [] if result.missing_T is None else result.missing_T.tolist()
-    is_finite = result.logits_LV.amax(dim=-1).isfinite().tolist()
+    missing = [] if missing_T is None else missing_T.tolist()
+    is_finite = maxima.values_L.isfinite().tolist()
     for part in parts:
         fails = part.sequence.missing_expert_policy is MissingExpertPolicy.FAIL
         if fails and any(missing[part.token_rows]):

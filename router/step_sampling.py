@@ -10,17 +10,20 @@ from collections.abc import Iterable
 import torch
 
 from router.logprobs import token_logprobs
+from router.maxima import Maxima
 from router.sampler import Sampled, sample
 from router.sequence import Sequence
 from router.step_part import StepPart
 
 
-def sample_parts(parts: Iterable[StepPart], logits_LV: torch.Tensor) -> dict[Sequence, Sampled]:
-    """The next token of each sequence that has reached its last one."""
+def sample_parts(parts: Iterable[StepPart], logits_LV: torch.Tensor, maxima: Maxima) -> dict[Sequence, Sampled]:
+    """The next token of each sequence that has reached its last one. maxima: of logits_LV."""
     rows = {p.sequence: p.sample_row for p in parts if p.sample_row is not None}
     # In a plain decode step every row is sampled, and the logits need not be copied.
-    sampled_LV = logits_LV if len(rows) == len(logits_LV) else logits_LV[list(rows.values())]
-    return dict(zip(rows, sample(sampled_LV, [sequence.sampling for sequence in rows]), strict=True))
+    if len(rows) != len(logits_LV):
+        wanted = list(rows.values())
+        logits_LV, maxima = logits_LV[wanted], maxima.of(wanted)
+    return dict(zip(rows, sample(logits_LV, [sequence.sampling for sequence in rows], maxima), strict=True))
 
 
 def collect_prompt_logprobs(part: StepPart, logits_LV: torch.Tensor) -> None:

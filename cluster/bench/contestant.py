@@ -15,6 +15,7 @@ from cluster.bench.child import Child
 from cluster.bench.peers.line_protocol import Setup
 from cluster.bench.rows import Row
 from cluster.bench.shard_children import ShardChildren, ShardTierSpec
+from experts.transport.names import LaneTransport
 
 LOAD_TIMEOUT_S = 900.0
 ANSWER_TIMEOUT_S = 300.0
@@ -90,7 +91,8 @@ def start_peer(name: str, setup: Setup, python: str, closing: ExitStack) -> Cont
     # The peers' code and nothing else of ours: our site-packages must not mix with the other environment's.
     root = closing.enter_context(TemporaryDirectory(prefix="arriero-bench-"))
     (Path(root) / "cluster").symlink_to(_package_folder(), target_is_directory=True)
-    command = [python, "-m", f"cluster.bench.peers.{MODULES[name]}"]
+    # -P: not what lies in the current folder.
+    command = [python, "-P", "-m", f"cluster.bench.peers.{MODULES[name]}"]
     columns: Row = {"contestant": name, "shards": 0}
     return _start([Child(name, command, environment={"PYTHONPATH": root})], [], [setup], columns, closing)
 
@@ -103,17 +105,22 @@ def start_arriero(
     root: Path | None = None,
     num_routers: int = 1,
     tier: ShardTierSpec | None = None,
+    transport: LaneTransport = "shm",
 ) -> Contestant:
-    """root: another checkout of arriero to run instead of this one. Raises ChildError, OSError."""
+    """root: another checkout of arriero to run instead of this one. transport: to the shards of tier.
+
+    Raises ChildError, OSError.
+    """
     environment = {} if root is None else {"PYTHONPATH": str(root)}
     shards = None if tier is None else closing.enter_context(ShardChildren(tier))
-    command = [sys.executable, "-m", "cluster.bench.peers.arriero_peer"]
+    command = [sys.executable, "-P", "-m", "cluster.bench.peers.arriero_peer"]
     children = [Child(name, command, environment=environment) for _ in range(num_routers)]
-    options = {} if shards is None else {"epoch": shards.epoch.to_dict(), "secret": shards.secret.hex()}
+    options: dict[str, Any] = {} if shards is None else {"epoch": shards.epoch.to_dict(), "secret": shards.secret.hex()}
+    options["lane_transport"] = transport
     setups = [replace(setup, options=options | {"router_id": f"router-{index}"}) for index in range(num_routers)]
     columns: Row = {"contestant": name, "shards": 0, "transport": "local"}
     if tier is not None:
-        columns |= {"shards": tier.num_shards, "transport": "tcp", "routers": num_routers}
+        columns |= {"shards": tier.num_shards, "transport": transport, "routers": num_routers}
         columns |= {} if tier.echo_s is None else {"simulated_ms": tier.echo_s * 1e3}
     return _start(children, [] if shards is None else [shards], setups, columns, closing)
 

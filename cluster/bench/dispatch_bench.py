@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import cast
 
 import torch
 
@@ -19,10 +20,11 @@ from experts.lane import LaneDispatcher
 from experts.placement import ShardId, Slot
 from experts.shard import Shard
 from experts.stand_in import EchoExpert
-from experts.transport.connectors import CONNECTORS
+from experts.transport.names import LANE_TRANSPORTS, LaneTransport
+from experts.transport.select import connector
 
 LOCAL = "local"
-TRANSPORTS = (LOCAL, *CONNECTORS)
+TRANSPORTS: tuple[str, ...] = (LOCAL, *(name for name in LANE_TRANSPORTS if name != "auto"))
 LAYER = 0
 DTYPE = torch.bfloat16
 TIMEOUT_S = 30.0
@@ -94,7 +96,7 @@ def _dispatcher(transport: str, shards: ShardChildren, cases: DispatchCases) -> 
         epoch=shards.epoch,
         secret=shards.secret,
         timeout_s=TIMEOUT_S,
-        connect=CONNECTORS[transport],
+        connect=connector(cast("LaneTransport", transport)),
     )
     _require_all(lanes)
     return lanes

@@ -18,11 +18,11 @@ from cluster.bench.flags import (
     name_list,
     positive,
     positive_list,
+    preset_checkpoint,
     usable_cores,
 )
 from cluster.bench.hardware import describe_hardware
-from cluster.checkpoints.presets import PRESETS, create_checkpoint
-from cluster.progress_bar import progress_bars
+from cluster.checkpoints.presets import PRESETS
 from cluster.service_model import read_model_config
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ def _add_shard_arguments(group: argparse._ArgumentGroup) -> None:
         "--routers", type=positive, default=1, metavar="N", help="Routers that decode at the same time. Default: 1."
     )
     group.add_argument(
+        "--transport", choices=("shm", "tcp"), default="shm", help="From routers to shards. Default: shm."
+    )
+    group.add_argument(
         "--shard-latency-ms", type=float, metavar="X",
         help="Simulated: shards sleep this long for each expert they are asked for, and compute nothing.",
     )  # fmt: skip
@@ -107,7 +110,7 @@ def _pair(text: str) -> tuple[str, str]:
 def run(arguments: argparse.Namespace) -> int:
     check_output(arguments)
     _check(arguments)
-    folder = arguments.model or _preset_checkpoint(arguments.preset, arguments.cache)
+    folder = arguments.model or preset_checkpoint(arguments.preset, arguments.cache)
     config = read_model_config(folder)
     from cluster.bench.engine_bench import NOTES, PANELS, EngineCases, run_engine_bench
     from cluster.bench.race import Race
@@ -145,15 +148,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--shard-latency-ms needs --shards")
 
 
-def _preset_checkpoint(preset: str, cache: Path) -> Path:
-    """Made once, then found again."""
-    folder = cache / preset
-    if not (folder / "config.json").exists():
-        with progress_bars() as bar:
-            create_checkpoint(preset, folder, progress=bar(f"making {folder}"))
-    return folder
-
-
 def _enter(
     race: Race, arguments: argparse.Namespace, folder: Path, cases: EngineCases, threads: int, closing: ExitStack
 ) -> None:
@@ -167,10 +161,12 @@ def _enter(
         max_sequences=cases.max_sequences,
         max_tokens=cases.max_tokens,
     )
-    tier = _tier(arguments, folder)
-    race.join(ARRIERO, lambda: start_arriero(ARRIERO, setup, closing, num_routers=arguments.routers, tier=tier))
+    arriero = partial(
+        start_arriero, setup=setup, closing=closing, tier=_tier(arguments, folder), transport=arguments.transport
+    )
+    race.join(ARRIERO, partial(arriero, ARRIERO, num_routers=arguments.routers))
     for name, root in arguments.beside:
-        race.join(name, partial(start_arriero, name, setup, closing, root=Path(root), tier=tier))
+        race.join(name, partial(arriero, name, root=Path(root)))
     pythons = dict(arguments.peer_python)
     for name in arguments.peers:
         if name == "llama.cpp" and arguments.gguf is None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from cluster.bench.plot import Panel, check_plots
 from cluster.bench.report import Report
 from cluster.bench.rows import Row
+from cluster.checkpoints.presets import create_checkpoint
+from cluster.progress_bar import progress_bars
 
 PRESET_FOLDER = Path(tempfile.gettempdir()) / "arriero-bench"
 
@@ -35,6 +37,15 @@ def name_list(text: str) -> tuple[str, ...]:
 
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def preset_checkpoint(preset: str, cache: Path) -> Path:
+    """Made once, then found again."""
+    folder = cache / preset
+    if not (folder / "config.json").exists():
+        with progress_bars() as bar:
+            create_checkpoint(preset, folder, progress=bar(f"making {folder}"))
+    return folder
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -88,6 +88,6 @@ class ShardChildren:
         return children, epoch
 
     def _child(self, shard_id: ShardId) -> Child:
-        child = Child(shard_id, [sys.executable, "-m", "experts.shard_process"], environment={})
+        child = Child(shard_id, [sys.executable, "-P", "-m", "experts.shard_process"], environment={})
         self._closing.callback(child.close)
         return child

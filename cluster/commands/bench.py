@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cluster.bench import dispatch_command, engine_command
+from cluster.bench import dispatch_command, engine_command, serve_command
 
 if TYPE_CHECKING:
     from cluster.cli import Command
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 BENCHES: dict[str, tuple[Command, str]] = {
     "engine": (engine_command, "decode steps and prefill of the engine, and of others beside it"),
     "dispatch": (dispatch_command, "rows to expert shards and back"),
+    "serve": (serve_command, "what clients of a running service see under load"),
 }
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cluster.bench.contestant import Contestant, Timing
 from cluster.bench.race import Race
 from cluster.checkpoints.presets import create_checkpoint
 
+CONSTANT = 'import sys\nfor line in sys.stdin:\n    print(\'{"seconds": [1.0], "cpu_seconds": [1.0]}\', flush=True)'
 ECHO = (
     "import sys, json\n"
     "for line in sys.stdin:\n"
@@ -65,13 +67,27 @@ def test_engine_bench_measures_all_contestants_and_says_who_is_absent(checkpoint
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
 
 
-def test_engine_bench_runs_routers_over_shards(checkpoint: Path) -> None:
+def test_another_checkout_runs_its_own_code(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cluster" / "bench" / "peers"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parent.parent):
+        (package / "__init__.py").touch()
+    (folder / "arriero_peer.py").write_text(f'print(\'{{"version": "other"}}\', flush=True)\ninput()\n{CONSTANT}')
+    rows = rows_of(
+        bench(*ENGINE, "--model", checkpoint, "--batch", "1", "--prompt-tokens", "8", "--prefill", "",
+              "--beside", f"other={tmp_path}")
+    )  # fmt: skip
+    assert {row["contestant"]: row["p50_ms"] == 1000.0 for row in rows} == {"arriero": False, "other": True}
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_engine_bench_runs_routers_over_shards(checkpoint: Path, transport: str) -> None:
     rows = rows_of(
         bench(*ENGINE, "--model", checkpoint, "--batch", "2", "--prompt-tokens", "8", "--prefill", "", "--shards", "2",
-              "--routers", "2")
+              "--routers", "2", "--transport", transport)
     )  # fmt: skip
     (row,) = rows
-    assert (row["shards"], row["routers"], row["transport"]) == (2, 2, "tcp")
+    assert (row["shards"], row["routers"], row["transport"]) == (2, 2, transport)
     # Two routers, four steps each.
     assert row["num_samples"] == 8
 
@@ -88,7 +104,7 @@ def test_simulated_service_time_is_in_the_step_and_in_the_row(checkpoint: Path) 
 
 def test_dispatch_bench_has_a_row_for_each_transport_and_size(tmp_path: Path) -> None:
     rows = rows_of(bench("dispatch", "--shards", "2", "--rows", "1,5", "--samples", "60", "--json", "--out", tmp_path))
-    assert {(row["transport"], row["rows"]) for row in rows} >= {("local", 1), ("local", 5), ("tcp", 1), ("tcp", 5)}
+    assert {(row["transport"], row["rows"]) for row in rows} == set(product(("local", "shm", "tcp"), (1, 5)))
     for row in rows:
         assert row["shards"] == 2
         assert 0 < row["p50_us"] <= row["p99_us"]
@@ -101,7 +117,7 @@ def test_dispatch_bench_has_a_row_for_each_transport_and_size(tmp_path: Path) ->
         (("engine", "--peers", "ollama"), "--peers must be of transformers, llama.cpp, vllm, got ollama"),
         (("engine", "--routers", "2"), "--routers needs --shards"),
         (("engine", "--shard-latency-ms", "1"), "--shard-latency-ms needs --shards"),
-        (("dispatch", "--transports", "pigeon"), "transports must be of local, tcp"),
+        (("dispatch", "--transports", "pigeon"), "transports must be of local, shm, tcp"),
         (("dispatch", "--row-bytes", "3"), "row-bytes must be a positive multiple of 2, got 3"),
         (("dispatch", "--rows", "0"), "must be at least 1, got 0"),
     ],

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_choice import KERNELS, kernels
 from tiny_models import SCOUT
 
-from router.batch import Batch, InputEmbeddings, SequenceSlice, build_batch
+from router.batch import Batch, InputEmbeddings, SequenceSlice, StepPlan, build_batch
 from router.config import ModelConfig
+from router.kv_cache import NULL_BLOCK
+from router.tile_plan import TilePlan
 
 CONFIG = ModelConfig.from_checkpoint_config(SCOUT | {"model_type": "llama4_text", "attention_chunk_size": 32})
 BLOCK = 16
@@ -31,18 +34,32 @@ def test_positions_count_from_the_start_and_rope_positions_from_the_chunk() -> N
     assert batch.rope_positions_T.tolist() == [30, 31, 0, 1, 2, 0]
 
 
-def test_local_queries_are_split_at_chunk_boundaries_and_global_ones_are_not() -> None:
-    batch = build(slice_of(40, 30))
-    assert sum(tiles.num_tiles for tiles in batch.local_plan.batches) == 3
-    assert sum(tiles.num_tiles for tiles in batch.global_plan.batches) == 1
+def num_tiles(plan: StepPlan) -> int:
+    if isinstance(plan, TilePlan):
+        return len(plan.tiles_N4)
+    return sum(batch.num_tiles for batch in plan.batches)
 
 
-def test_local_attention_reads_no_block_before_its_chunk() -> None:
+def blocks_read(plan: StepPlan) -> set[int]:
+    if isinstance(plan, TilePlan):
+        return set(plan.tables.tolist())
+    splits = [split for batch in plan.batches for split in batch.splits]
+    return {row // CONFIG.num_key_value_heads for split in splits for row in split.block_rows.tolist()} - {NULL_BLOCK}
+
+
+@pytest.mark.parametrize("choice", KERNELS)
+def test_local_queries_are_split_at_chunk_boundaries_and_global_ones_need_not_be(choice: str) -> None:
+    with kernels(choice):
+        batch = build(slice_of(10, 30))
+        assert (num_tiles(batch.local_plan), num_tiles(batch.global_plan)) == (2, 1)
+        assert num_tiles(build(slice_of(40, 30)).local_plan) == (4 if choice == "native" else 3)
+
+
+@pytest.mark.parametrize("choice", KERNELS)
+def test_local_attention_reads_no_block_before_its_chunk(choice: str) -> None:
     freed = [0, 0, 0, 0, *BLOCKS]
-    batch = build(slice_of(5, 70, local_blocks=freed))
-    splits = [split for tiles in batch.local_plan.batches for split in tiles.splits]
-    read = {row // CONFIG.num_key_value_heads for split in splits for row in split.block_rows.tolist()}
-    assert read == {0, freed[4]}
+    with kernels(choice):
+        assert blocks_read(build(slice_of(5, 70, local_blocks=freed)).local_plan) == {freed[4]}
 
 
 def test_a_token_without_a_block_is_a_mistake_of_the_engine() -> None:

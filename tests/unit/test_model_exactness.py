@@ -1,4 +1,7 @@
-"""In float32 a row's bits depend on nothing but its sequence: compared with torch.equal, never with a tolerance."""
+"""In float32 a row's bits depend on nothing but its sequence: compared with torch.equal, never with a tolerance.
+
+With the compiled kernels and without: which of the two compute changes bits, and nothing else does.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_choice import KERNELS, kernels
 from paged_runner import PagedRunner, RunningSequence, make_runner
 from tiny_models import LONG, MAVERICK, SCOUT, UNEVEN, WIDE, TinyModel, make_tiny, prompt
 
@@ -29,6 +33,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyModel, int]:
     config, length = CONFIGS[request.param]
     return make_tiny(config, tmp_path_factory.mktemp(request.param)), length
+
+
+@pytest.fixture(autouse=True, params=KERNELS)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with kernels(request.param):
+        yield
 
 
 @contextmanager

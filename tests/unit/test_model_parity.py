@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_choice import KERNELS, kernels
 from paged_runner import RunningSequence, make_runner
 from reference_model import ReferenceModel
 from tiny_models import LONG, SCOUT, TINY_CONFIGS, TOLERANCE, UNEVEN, TinyModel, make_tiny, prompt
@@ -24,6 +26,12 @@ EXTREMES = {
     "one_pair_per_head": SCOUT | {"num_hidden_layers": 3, "head_dim": 2},
     "uneven": UNEVEN,
 }
+
+
+@pytest.fixture(autouse=True, params=KERNELS)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    with kernels(request.param):
+        yield
 
 
 @pytest.fixture(scope="module", params=TINY_CONFIGS)

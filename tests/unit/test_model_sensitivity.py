@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kernel_choice import kernels
 from paged_runner import PagedRunner, make_runner
 from tiny_models import SCOUT, TOLERANCE, TinyModel, make_tiny, prompt
 
@@ -26,6 +27,13 @@ from router.rope import Rotation
 CLEARLY = 200 * TOLERANCE
 Patch = pytest.MonkeyPatch
 CHUNK = SCOUT["attention_chunk_size"]
+
+
+@pytest.fixture(autouse=True)
+def _plain_torch() -> Iterator[None]:
+    """The mutations are made in Python; test_model_parity.py holds the compiled kernels to the same tolerance."""
+    with kernels("torch"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,7 @@ def sliding_window(tiny: TinyModel, patch: Patch) -> PagedRunner:
     def windowed(rows_NR: np.ndarray, keys_P: np.ndarray) -> np.ndarray:
         return causal(rows_NR, keys_P) | (keys_P <= rows_NR[:, :, None] - CHUNK)
 
-    def plan_windowed(slices: Any, group: KvGroup, *rest: Any) -> attention_plan.AttentionPlan:
+    def plan_windowed(slices: Any, group: KvGroup, *rest: Any) -> batch.StepPlan:
         with Patch.context() as inner:
             if group is KvGroup.LOCAL:
                 inner.setattr(attention_plan, "hidden_keys", windowed)
@@ -138,9 +146,12 @@ def temperature_on_local_layers(patch: Patch) -> None:
 
 
 def no_shared_expert(patch: Patch) -> None:
-    def routed_only(self: MoeLayer, x_TD: torch.Tensor, dispatcher: Dispatcher) -> Combined:
+    def routed_only(
+        self: MoeLayer, x_TD: torch.Tensor, dispatcher: Dispatcher, *, residual_TD: torch.Tensor
+    ) -> Combined:
         gate = self._gate(x_TD)
-        return dispatcher.combine(dispatcher.dispatch(self._layer, x_TD, *gate))
+        routed = dispatcher.combine(dispatcher.dispatch(self._layer, x_TD, *gate))
+        return Combined(residual_TD + routed.y_TD, routed.missing_T)
 
     patch.setattr(MoeLayer, "__call__", routed_only)
 
@@ -148,12 +159,12 @@ def no_shared_expert(patch: Patch) -> None:
 def scaled_shared_expert_input(patch: Patch) -> None:
     right = MoeLayer.__call__
 
-    def scaled(self: MoeLayer, x_TD: torch.Tensor, dispatcher: Dispatcher) -> Combined:
+    def scaled(self: MoeLayer, x_TD: torch.Tensor, dispatcher: Dispatcher, *, residual_TD: torch.Tensor) -> Combined:
         scores_T1 = self._gate(x_TD).topk_scores_TK
         with Patch.context() as inner:
             shared: Mlp = self._shared_expert
-            inner.setattr(self, "_shared_expert", lambda x: shared(x * scores_T1))
-            return right(self, x_TD, dispatcher)
+            inner.setattr(self, "_shared_expert", lambda x, **rest: shared(x * scores_T1, **rest))
+            return right(self, x_TD, dispatcher, residual_TD=residual_TD)
 
     patch.setattr(MoeLayer, "__call__", scaled)
 

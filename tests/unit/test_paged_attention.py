@@ -38,11 +38,12 @@ class Paged:
 
     def plan(self, spans: Sequence[Span]) -> AttentionPlan:
         planner = AttentionPlanner(heads=self.heads, head_dim=HEAD_DIM, block_size=BLOCK, device=CPU)
-        positions = np.concatenate([np.arange(s.start, s.start + s.num_tokens) for s in spans])
-        blocks = np.concatenate(
-            [[s.blocks[(p - s.origin) // BLOCK] for p in range(s.start, s.start + s.num_tokens)] for s in spans]
-        )
-        return planner.plan(spans, positions, blocks)
+        slots = [
+            s.blocks[(p - s.origin) // BLOCK] * BLOCK + p % BLOCK
+            for s in spans
+            for p in range(s.start, s.start + s.num_tokens)
+        ]
+        return planner.plan(spans, np.array(slots))
 
     def span(self, sequence: int, start: int, stop: int, *, first_token: int = 0, origin: int = 0) -> Span:
         blocks = self.tables[sequence][origin // BLOCK :]
@@ -158,7 +159,7 @@ def test_scores_and_masks_of_a_long_prefill_are_bounded() -> None:
     span = Span(first_token=0, num_tokens=8192, start=0, origin=0, blocks=blocks)
     planner = AttentionPlanner(heads=heads, head_dim=128, block_size=BLOCK, device=CPU)
     positions = np.arange(8192)
-    plan = planner.plan([span], positions, positions // BLOCK + 1)
+    plan = planner.plan([span], positions + BLOCK)
     size = plan.positions_per_split
     scores = [batch.num_tiles * heads.num_kv_heads * batch.num_rows * size for batch in plan.batches]
     assert max(scores) <= attention_plan.MAX_BATCH_NUMBERS
