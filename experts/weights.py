@@ -81,9 +81,15 @@ def _read_transposed(
     """One expert's [in, out] matrix as contiguous [out, in] matrices, split along its out axis."""
     in_width = checkpoint.info(name).shape[1]
     matrices = tuple(scratch_tensor((out_width, in_width), dtype) for out_width in out_widths)
+    straight, turned = torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
     for start, piece_IO in checkpoint.read_pieces(name, index=expert):
-        parts = torch.split(piece_IO, list(out_widths), dim=1)
-        for matrix_OI, part_IO in zip(matrices, parts, strict=True):
+        num_in = len(piece_IO)
+        if straight.numel() < num_in * max(out_widths):
+            straight, turned = (scratch_tensor((num_in * max(out_widths),), dtype) for _ in range(2))
+        for matrix_OI, part_IO in zip(matrices, torch.split(piece_IO, list(out_widths), dim=1), strict=True):
             # Transposing a contiguous piece by itself is three times as fast as copying into a strided place.
-            matrix_OI[:, start : start + len(part_IO)] = part_IO.contiguous().T.contiguous()
+            out_width = part_IO.shape[1]
+            straight_IO = straight[: part_IO.numel()].view(num_in, out_width).copy_(part_IO)
+            turned_OI = turned[: part_IO.numel()].view(out_width, num_in).copy_(straight_IO.T)
+            matrix_OI[:, start : start + num_in] = turned_OI
     return matrices

@@ -83,9 +83,9 @@ def test_shared_expert_runs_while_the_rows_travel(tiny: TinyModel, monkeypatch: 
             events.append("combine")
             return inner.combine(handle)
 
-    def recorded(mlp: Mlp, x_RD: torch.Tensor) -> torch.Tensor:
+    def recorded(mlp: Mlp, x_RD: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
         events.append("shared expert")
-        return run_mlp(mlp, x_RD)
+        return run_mlp(mlp, x_RD, **options)
 
     monkeypatch.setattr(Mlp, "__call__", recorded)
     runner.dispatcher = Recording(inner, {})  # type: ignore[assignment]
