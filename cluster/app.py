@@ -14,6 +14,7 @@ from cluster.router_replica import RouterReplica
 
 ROUTER = "Router"
 GATEWAY = "Gateway"
+ROUTER_CHOICE = "cluster.front.router_choice:RouterChoice"
 HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 # Calls that are not generation (status, health, tokenizing) must get in however many streams are open.
@@ -38,6 +39,7 @@ def _router_options(config: ServiceConfig) -> dict[str, Any]:
         "num_replicas": config.routers,
         "max_ongoing_requests": calls_per_router(config),
         "max_queued_requests": config.max_queued_requests,
+        "request_router_config": {"request_router_class": ROUTER_CHOICE},
         "ray_actor_options": {
             "num_cpus": config.router_num_cpus,
             "num_gpus": 1.0 if config.device == "cuda" else 0.0,

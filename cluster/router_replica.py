@@ -7,10 +7,12 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
+from ray import serve
 
 from cluster.config import parse_config
 from cluster.control.controller_link import ControllerLink
@@ -51,7 +53,9 @@ class RouterReplica:
         self._router = Router(
             timeouts=RouterTimeouts(start_s=service.start_timeout_s),
             on_death=self._leave_with_engine,
-            on_lanes=_in_loop(self._lanes_changed),
+            on_lanes=_in_loop(self._tell_now),
+            on_doubt=self._tell_now,
+            name=serve.get_replica_context().replica_id.unique_id,
         )
         ready = await self._router.start(_start_message(router_id, welcome))
         self._member = Member(
@@ -60,8 +64,8 @@ class RouterReplica:
         self._link.start_reporting(self._report, self._follow)
         self._is_reporting = True
 
-    async def generate(self, request: bytes) -> bytes:
-        """See router.replica.Router.generate."""
+    async def generate(self, request: bytes, *, shun: Sequence[str] = ()) -> bytes:
+        """See router.replica.Router.generate. shun is for cluster.front.router_choice, on the way here."""
         assert self._router is not None, "Serve awaits __init__ first"
         return await self._router.generate(request)
 
@@ -106,15 +110,18 @@ class RouterReplica:
         if self._router is None:
             return self._member, MemberReport()
         stats, lanes = self._router.stats, self._router.lanes
-        told_lanes = None if lanes.epoch is None else lanes.to_dict()
+        is_doubted = self._router.is_doubted
+        member = replace(self._member, state=MemberState.SUSPECT) if is_doubted else self._member
+        # What an engine said that may have stopped since renews no lease.
+        told_lanes = None if lanes.epoch is None or is_doubted else lanes.to_dict()
         if stats is None:
-            return self._member, MemberReport(lanes=told_lanes)
+            return member, MemberReport(lanes=told_lanes)
         memory = resident_bytes(self._member.pid)
         metrics = router_snapshot(stats, step_s=self._router.step_s, resident_bytes=memory)
-        return self._member, MemberReport(load=stats.expert_load, metrics=metrics, lanes=told_lanes)
+        return member, MemberReport(load=stats.expert_load, metrics=metrics, lanes=told_lanes)
 
-    def _lanes_changed(self) -> None:
-        """A lost shard is told at once, and so is that an epoch is prepared: others wait for it."""
+    def _tell_now(self) -> None:
+        """A lost shard, a silent engine, a prepared epoch: others wait for it."""
         if self._link is not None and self._is_reporting:
             self._link.report_now()
 

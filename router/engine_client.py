@@ -20,6 +20,7 @@ from router.messages import (
     EpochPrepared,
     Failed,
     Finished,
+    FinishReason,
     FromEngine,
     GenerateRequest,
     Heartbeat,
@@ -55,6 +56,7 @@ class EngineClient:
         self._lock = threading.Lock()
         self._open: dict[tuple[str, int], Future[Finished]] = {}
         self._death: str | None = None
+        self._doubt: str | None = None
         self._ready: Future[Ready] = Future()
         self._heartbeat: Heartbeat | None = None
         self._heard_at = time.monotonic()
@@ -84,10 +86,12 @@ class EngineClient:
             raise EngineDiedError(f"the engine is not ready after {timeout_s} s") from None
 
     async def generate(self, request: GenerateRequest) -> Finished:
-        """Ends when the request has. Cancelling it aborts the request. Raises EngineDiedError, or ValueError for a
-        request_id and attempt that are open already."""
+        """Ends when the request has, or when the engine is doubted. Cancelling it aborts the request. Raises
+        EngineDiedError, or ValueError for a request_id and attempt that are open already."""
         key = (request.request_id, request.attempt)
         future = self._register(key)
+        if future.done():
+            return future.result()
         try:
             self._child.send(Add(request=request))
             return await asyncio.wrap_future(future)
@@ -97,6 +101,23 @@ class EngineClient:
         finally:
             with self._lock:
                 self._open.pop(key, None)
+
+    def doubt(self, why: str) -> None:
+        """Gives up the open calls, and takes none, until ``trust``. What the engine still does for them it ends when
+        it hears of it."""
+        with self._lock:
+            self._doubt = why
+            open_calls, self._open = self._open, {}
+        for key, future in open_calls.items():
+            self._child.send(Abort(request_id=key[0], attempt=key[1]))
+            future.set_result(_given_up(key, why))
+
+    def trust(self) -> None:
+        self._doubt = None
+
+    @property
+    def is_doubted(self) -> bool:
+        return self._doubt is not None
 
     @property
     def lanes(self) -> LaneState:
@@ -119,8 +140,13 @@ class EngineClient:
         return self._heartbeat
 
     @property
+    def heard_at(self) -> float:
+        """When anything was last heard of the engine process, by time.monotonic()."""
+        return self._heard_at
+
+    @property
     def silence_s(self) -> float:
-        """Since anything was last heard of the engine process."""
+        """Since then."""
         return time.monotonic() - self._heard_at
 
     def check_health(self, *, heartbeat_timeout_s: float, step_timeout_s: float) -> None:
@@ -141,12 +167,16 @@ class EngineClient:
         self._child.close(timeout_s)
 
     def _register(self, key: tuple[str, int]) -> Future[Finished]:
+        """Done already, and not open, where the engine is doubted."""
         with self._lock:
             if self._death is not None:
                 raise EngineDiedError(self._death)
             if key in self._open:
                 raise ValueError(f"request_id {key[0]!r} attempt {key[1]} is open already")
             future: Future[Finished] = Future()
+            if self._doubt is not None:
+                future.set_result(_given_up(key, self._doubt))
+                return future
             # From here on only the engine ends it: a cancelled caller leaves it behind.
             future.set_running_or_notify_cancel()
             self._open[key] = future
@@ -181,3 +211,7 @@ class EngineClient:
             future.set_exception(EngineDiedError(reason))
         if self._on_death is not None:
             self._on_death(reason)
+
+
+def _given_up(key: tuple[str, int], why: str) -> Finished:
+    return Finished(request_id=key[0], attempt=key[1], finish_reason=FinishReason.ABORT, error=why)

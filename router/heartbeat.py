@@ -13,7 +13,7 @@ class HeartbeatThread:
     """The engine loop reports to it; it reports to the replica every interval_s. Statistics are the loop's own,
     handed over between steps: nothing of the engine is touched from here."""
 
-    def __init__(self, *, send: Callable[[Heartbeat], None], stats: EngineStats, interval_s: float = 1.0) -> None:
+    def __init__(self, *, send: Callable[[Heartbeat], None], stats: EngineStats, interval_s: float = 0.5) -> None:
         self._send = send
         self._interval_s = interval_s
         self._stats = stats

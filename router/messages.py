@@ -229,6 +229,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request has ended. Its last TokenBatch was handed to the gateway's connection before this went to the
     pipe, yet the two travel apart and this may arrive first: only the finish_reason in the token stream ends it.
+
+    suspect: set by the replica of an engine that is silent; what the replica is called, for whoever asks elsewhere.
     """
 
     request_id: str
@@ -236,10 +238,11 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     finish_reason: FinishReason
     error: str | None = None
     error_code: ErrorCode | None = None
+    suspect: str | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent every second, from a thread of its own. step_s is how long the step under way has taken so far, 0
+    """Sent twice a second, from a thread of its own. step_s is how long the step under way has taken so far, 0
     between steps; step is its number, from 1, or that of the last one. stats are older: of before the step."""
 
     stats: EngineStats

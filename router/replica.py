@@ -24,16 +24,22 @@ __all__ = ["EngineDiedError", "Router", "RouterTimeouts"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterTimeouts:
-    """start_s: until the engine is ready. heartbeat_s: silence after which it is ill. step_s: a step that takes
-    longer hangs; it must allow for lost shards that are waited for. Both are named in the log before, after silent_s
-    and slow_step_s. close_s: for each way of ending the process."""
+    """start_s: until the engine is ready. doubt_s: silence after which its requests are given up, for others to take.
+    heartbeat_s: silence after which it is ill. step_s: a step that takes longer hangs; it must allow for lost shards
+    that are waited for. Both are named in the log before, after silent_s and slow_step_s. close_s: for each way of
+    ending the process."""
 
     start_s: float
+    doubt_s: float = 1.3
     silent_s: float = 3.0
-    heartbeat_s: float = 10.0
+    heartbeat_s: float = 60.0
     slow_step_s: float = 10.0
     step_s: float = 300.0
     close_s: float = 3.0
+
+
+# Between two looks at a silent engine.
+LOOK_S = 0.1
 
 
 class Router:
@@ -45,18 +51,30 @@ class Router:
         timeouts: RouterTimeouts,
         on_death: Callable[[str], None] | None = None,
         on_lanes: Callable[[], None] | None = None,
+        on_doubt: Callable[[], None] | None = None,
+        name: str = "",
         module: str = "router.process",
     ) -> None:
         """Starts the process. on_death hears, from another thread, why a ready engine ended before ``close``;
-        on_lanes, likewise, that ``lanes`` has changed.
+        on_lanes, likewise, that ``lanes`` has changed; on_doubt, in the event loop, that ``is_doubted`` has. name: see
+        messages.Finished.suspect.
 
         Raises OSError when the process cannot be started.
         """
         self._timeouts = timeouts
+        self._name = name
+        self._on_doubt = on_doubt
+        self._closing = threading.Event()
+        self._minding: asyncio.Task[None] | None = None
         self._on_death = on_death
         self._is_ready = threading.Event()
         self._watch = EngineWatch(silent_after_s=timeouts.silent_s, slow_after_s=timeouts.slow_step_s)
         self._client = EngineClient(on_death=self._tell_death, on_lanes=on_lanes, module=module)
+
+    @property
+    def is_doubted(self) -> bool:
+        """The engine is silent, and requests should go elsewhere until it speaks again."""
+        return self._client.is_doubted
 
     @property
     def engine_pid(self) -> int:
@@ -90,6 +108,7 @@ class Router:
             await asyncio.to_thread(self.close)
             raise
         self._is_ready.set()
+        self._minding = asyncio.create_task(self._mind_silence())
         logger.info("%s is ready, engine process %d: %s", start.router_id, ready.pid, ready.capacity)
         return ready
 
@@ -99,7 +118,8 @@ class Router:
         The tokens go to the request's return_address meanwhile. Their way is another one: the call may end before
         the last of them arrives, so what ends a request is the finish_reason among its tokens. The call tells what
         no token can: a request refused at once (ERROR, nothing was sent), given up because its gateway could not
-        be reached (ABORT with an error), or lost with its engine (raises EngineDiedError; submit it elsewhere).
+        be reached or the engine is silent (ABORT with an error), or lost with its engine (raises EngineDiedError);
+        after the last two submit it elsewhere.
         Cancelling the call aborts the request.
         """
         try:
@@ -108,6 +128,8 @@ class Router:
             return encode(_refusal(str(error)))
         logger.debug("to the engine: attempt %d", decoded.attempt, extra=log_fields(decoded.request_id))
         finished = await self._client.generate(decoded)
+        if self._client.is_doubted:
+            finished = msgspec.structs.replace(finished, suspect=self._name)
         logger.debug("the engine has ended it: %s", finished.finish_reason, extra=log_fields(decoded.request_id))
         return encode(finished)
 
@@ -121,7 +143,29 @@ class Router:
 
     def close(self) -> None:
         """Ends the engine process, its requests first, and returns when it is gone. Idempotent."""
+        self._closing.set()
         self._client.close(self._timeouts.close_s)
+
+    async def _mind_silence(self) -> None:
+        """Doubts an engine that has been silent for doubt_s, until it speaks again. A look that comes late counts as
+        one: then it is this process that was stopped."""
+        heard_at, num_looks = 0.0, 0
+        while not self._closing.is_set():
+            await asyncio.sleep(LOOK_S)
+            num_looks = num_looks + 1 if self._client.heard_at == heard_at else 0
+            heard_at = self._client.heard_at
+            is_silent = num_looks * LOOK_S >= self._timeouts.doubt_s
+            if is_silent == self._client.is_doubted:
+                continue
+            if is_silent:
+                why = f"engine process {self._client.pid} has been silent for {self._client.silence_s:.1f} s"
+                logger.warning("%s: its requests go elsewhere; open: %s", why, self._client.oldest_open())
+                self._client.doubt(why)
+            else:
+                logger.info("engine process %d speaks again", self._client.pid)
+                self._client.trust()
+            if self._on_doubt is not None:
+                self._on_doubt()
 
     def _tell_death(self, reason: str) -> None:
         if self._is_ready.is_set() and self._on_death is not None:

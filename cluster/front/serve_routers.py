@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from router.messages import GenerateRequest, decode_finished, encode
 
 # How many looks at the routers fit into the time for which there may be none.
 NUM_LOOKS = 4
+# For how long nothing is asked of a router that has said that its engine is silent.
+SHUN_S = 1.0
 
 
 class ServeRouters:
@@ -28,6 +31,7 @@ class ServeRouters:
         self._handle = handle
         self._num_ready = num_ready
         self._absence_timeout_s = absence_timeout_s
+        self._shunned_until: dict[str, float] = {}
 
     async def generate(self, request: GenerateRequest) -> CallEnd:
         call = asyncio.create_task(self._call(request))
@@ -43,7 +47,7 @@ class ServeRouters:
             call.cancel()
 
     async def _call(self, request: GenerateRequest) -> CallEnd:
-        response = self._handle.generate.remote(encode(request))
+        response = self._handle.generate.remote(encode(request), shun=self._shunned())
         try:
             end = decode_finished(await response)
         except asyncio.CancelledError:
@@ -57,4 +61,11 @@ class ServeRouters:
             # Died, stopped, dropped the call or failed in it: in every case another router can take over.
             cause = getattr(error, "cause", None)
             raise RouterLostError(f"the router is lost: {cause or type(error).__name__}") from None
+        if end.suspect is not None:
+            self._shunned_until[end.suspect] = time.monotonic() + SHUN_S
         return CallEnd(finish_reason=end.finish_reason, error=end.error, error_code=end.error_code)
+
+    def _shunned(self) -> list[str]:
+        now = time.monotonic()
+        self._shunned_until = {name: until for name, until in self._shunned_until.items() if until > now}
+        return [*self._shunned_until]

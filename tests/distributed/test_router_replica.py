@@ -12,7 +12,7 @@ from engine_harness import has_gone, listening, request, start_message, wait_unt
 from scripted_engine import HANGING_STEP
 
 from router.engine_client import EngineDiedError
-from router.messages import ErrorCode, FinishReason, decode_finished, encode
+from router.messages import ErrorCode, Finished, FinishReason, decode_finished, encode
 from router.replica import Router, RouterTimeouts
 
 TIMEOUTS = RouterTimeouts(start_s=30.0, close_s=1.0)
@@ -117,7 +117,7 @@ def test_a_step_that_hangs_and_an_engine_that_is_silent_are_named(caplog: pytest
         return any(trouble in line and line.endswith("; open: mine/0af3/0") for line in caplog.messages)
 
     async def scenario() -> None:
-        router = _router([], RouterTimeouts(start_s=30.0, slow_step_s=0.5, silent_s=2.5, heartbeat_s=60.0, close_s=0.5))
+        router = _router([], RouterTimeouts(start_s=30.0, slow_step_s=0.5, silent_s=2.5, doubt_s=60.0, close_s=0.5))
         await router.start(start_message())
         async with listening() as listener:
             hanging = request("mine/0af3/0", HANGING_STEP, address=listener.address)
@@ -131,6 +131,43 @@ def test_a_step_that_hangs_and_an_engine_that_is_silent_are_named(caplog: pytest
                 await call
 
     asyncio.run(scenario())
+
+
+def test_a_silent_engine_is_doubted_until_it_speaks_and_forgets_what_others_have_taken_over() -> None:
+    told: list[bool] = []
+
+    async def scenario() -> None:
+        router = Router(
+            timeouts=RouterTimeouts(start_s=30.0, doubt_s=1.0, close_s=1.0),
+            on_doubt=lambda: told.append(router.is_doubted),
+            name="replica-7",
+            module="scripted_engine",
+        )
+        await router.start(start_message())
+        async with listening() as listener:
+
+            async def finished(name: str, max_tokens: int) -> Finished:
+                asked = request(name, 1, address=listener.address, max_tokens=max_tokens)
+                return decode_finished(await router.generate(encode(asked)))
+
+            with listener.open("endless", 0) as stream:
+                endless = asyncio.create_task(finished("endless", 1_000_000))
+                await anext(stream)
+                os.kill(router.engine_pid, signal.SIGSTOP)
+                given_up = await endless
+            assert (given_up.finish_reason, given_up.suspect) == (FinishReason.ABORT, "replica-7")
+            assert "has been silent for" in (given_up.error or "")
+            assert (await finished("refused", 1)).suspect == "replica-7", "nothing waits for a silent engine"
+            os.kill(router.engine_pid, signal.SIGCONT)
+            await wait_until_async(lambda: not router.is_doubted)
+            with listener.open("taken", 0):
+                answered = await finished("taken", 2)
+            assert (answered.finish_reason, answered.suspect) == (FinishReason.LENGTH, None)
+            await wait_until_async(lambda: router.stats is not None and router.stats.num_running == 0)
+        await asyncio.to_thread(router.close)
+
+    asyncio.run(scenario())
+    assert told == [True, False]
 
 
 def _complaint(router: Router) -> str:

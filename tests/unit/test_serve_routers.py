@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from cluster.front import serve_routers
 from cluster.front.errors import ServiceError, StatusCode
 from cluster.front.relay import CallEnd, QueueFullError, RouterLostError
+from cluster.front.router_choice import RouterChoice
 from cluster.front.serve_routers import ServeRouters
 from router.messages import Finished, FinishReason, GenerateRequest, encode
 from router.sampling_params import SamplingParams
@@ -34,12 +37,14 @@ class FakeHandle:
 
     def __init__(self, answer: Callable[[], Awaitable[bytes]]) -> None:
         self.response = FakeResponse(answer)
+        self.shunned: list[str] = []
 
     @property
     def generate(self) -> "FakeHandle":
         return self
 
-    def remote(self, request: bytes) -> FakeResponse:
+    def remote(self, request: bytes, *, shun: list[str]) -> FakeResponse:
+        self.shunned = shun
         return self.response
 
 
@@ -124,3 +129,41 @@ def test_a_busy_router_may_take_its_time() -> None:
     looks = iter([0, 0, 0, 1] * 100)
     end = run(routers(FakeHandle(slow), num_ready=lambda: next(looks)).generate(REQUEST))
     assert end.finish_reason is FinishReason.STOP
+
+
+def test_a_router_whose_engine_is_silent_is_shunned_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer() -> bytes:
+        return encode(
+            Finished(request_id="r", attempt=0, finish_reason=FinishReason.ABORT, error="silent", suspect="replica-7")
+        )
+
+    async def scenario() -> None:
+        handle = FakeHandle(answer)
+        asking = routers(handle)
+        shunned = []
+        for _ in range(2):
+            await asking.generate(REQUEST)
+            shunned.append(handle.shunned)
+        monkeypatch.setattr(serve_routers, "SHUN_S", 0.0)
+        await asking.generate(REQUEST)
+        await asking.generate(REQUEST)
+        assert [*shunned, handle.shunned] == [[], ["replica-7"], []]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("shun", "eligible"), [([], {"a", "b", "c"}), (["b"], {"a", "c"}), (["a", "b", "c"], {"a", "b", "c"})]
+)
+def test_shunned_routers_are_chosen_only_where_there_are_no_others(shun: list[str], eligible: set[str]) -> None:
+    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
+    pending = SimpleNamespace(kwargs={"shun": shun}, routing_context=SimpleNamespace(should_backoff=False))
+
+    async def chosen() -> list[str]:
+        [pair] = await RouterChoice.choose_replicas(object(), replicas, pending)  # type: ignore[arg-type]
+        return [replica.replica_id.unique_id for replica in pair]
+
+    pairs = [run(chosen()) for _ in range(60)]
+    assert all(len(set(pair)) == 2 for pair in pairs)
+    assert set().union(*pairs) == eligible
+    assert pending.routing_context.should_backoff, "Serve would ask again without a pause"
