@@ -70,6 +70,9 @@ class Controller:
     async def get_view(self) -> dict[str, Any]:
         return (await self._plane).view()
 
+    async def rebalance(self) -> dict[str, Any]:
+        return await (await self._plane).rebalance()
+
     async def retire(self) -> None:
         """Returns once shards and groups are gone; the actor ends right after."""
         await (await self._plane).retire()

@@ -124,6 +124,13 @@ class ControllerLink:
             answer: dict[str, Any] = await self._controller.scale_shards.remote(num_shards)
         return answer
 
+    async def rebalance(self, timeout_s: float) -> dict[str, Any]:
+        """See ControlPlane.rebalance. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            outcome: dict[str, Any] = await self._controller.rebalance.remote()
+        return outcome
+
     def leave(self, member: Member) -> None:
         """The member ends as it should. Does not wait."""
         if self._reporter is not None:

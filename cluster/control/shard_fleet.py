@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from cluster.control.reconcile import plan_shards
+from cluster.control.shard_work import ShardWork
 from cluster.metrics.snapshot import Snapshot
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId
@@ -49,6 +50,7 @@ class ShardReport:
     epochs: frozenset[int]
     memory_pool: str
     num_free_slots: int
+    work: ShardWork
     metrics: Snapshot = field(default_factory=Snapshot)
 
 

@@ -44,6 +44,7 @@ from cluster.front.open_requests import OpenRequests
 from cluster.front.openai.api import OpenAiApi
 from cluster.front.openai.planning import Planner
 from cluster.front.openai.served_model import ServedModel
+from cluster.front.rebalance_codec import rebalance_response
 from cluster.front.relay import RelayLimits
 from cluster.front.serve_routers import ServeRouters
 from cluster.front.token_listener import TokenListener
@@ -66,6 +67,7 @@ VIEW_TIMEOUT_S = 0.8
 METRICS_TIMEOUT_S = 5.0
 TICK_S = 1.0
 CONTROLLER_SILENT = "the controller does not answer: try again"
+REBALANCE_TIMEOUT_S = 60.0
 HEALTH_SERVICES = frozenset({"", "arriero.v1.GenerationService", "arriero.v1.AdminService"})
 
 
@@ -219,6 +221,16 @@ class Gateway:
             if "refusal" in answer:
                 raise ServiceError(StatusCode.INVALID_ARGUMENT, answer["refusal"])
             return admin_pb2.ScaleShardsResponse(shard_ids=answer["shard_ids"])
+
+    async def Rebalance(self, request: admin_pb2.RebalanceRequest, grpc_context: Any) -> admin_pb2.RebalanceResponse:
+        with _errors_told(grpc_context):
+            self._check_admin(grpc_context)
+            if not request.dry_run:
+                raise ServiceError(StatusCode.UNIMPLEMENTED, "only dry_run is served: this version moves no experts")
+            try:
+                return rebalance_response(await self._link.rebalance(REBALANCE_TIMEOUT_S))
+            except (RayError, TimeoutError):
+                raise ServiceError(StatusCode.UNAVAILABLE, "the controller does not answer: try again") from None
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
         with _errors_told(grpc_context):

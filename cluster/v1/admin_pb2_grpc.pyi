@@ -46,6 +46,10 @@ class AdminServiceStub:
     GetView shows the shards of the answer ready, with slots, and no others alive. INVALID_ARGUMENT for a number below
     the copies of an expert or above the slots there are to hold.
     """
+    Rebalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.RebalanceResponse]
+    """Which experts should live elsewhere or in more copies, by what was asked of them in the last minutes.
+    Without dry_run: UNIMPLEMENTED in this version.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -60,6 +64,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Changes the number of expert shards while they serve. Answers once that is remembered; it has come about when
     GetView shows the shards of the answer ready, with slots, and no others alive. INVALID_ARGUMENT for a number below
     the copies of an expert or above the slots there are to hold.
+    """
+    Rebalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.RebalanceResponse]  # type: ignore[assignment]
+    """Which experts should live elsewhere or in more copies, by what was asked of them in the last minutes.
+    Without dry_run: UNIMPLEMENTED in this version.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -90,6 +98,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Changes the number of expert shards while they serve. Answers once that is remembered; it has come about when
         GetView shows the shards of the answer ready, with slots, and no others alive. INVALID_ARGUMENT for a number below
         the copies of an expert or above the slots there are to hold.
+        """
+
+    @_abc_1.abstractmethod
+    def Rebalance(
+        self,
+        request: _admin_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RebalanceResponse, _abc.Awaitable[_admin_pb2.RebalanceResponse]]:
+        """Which experts should live elsewhere or in more copies, by what was asked of them in the last minutes.
+        Without dry_run: UNIMPLEMENTED in this version.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,95 @@
+"""The control plane asked which experts it would move."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_world import MODEL, World, router, run, until
+
+from cluster.config import ServiceConfig
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    world = World(ServiceConfig(model=str(tmp_path), shards=3, heartbeat_s=0.01))
+    world.pool.num_free_slots = 9
+    return world
+
+
+def reason(found: dict[str, Any]) -> str:
+    assert found["refusal"]["reason"] == "not_ready", found
+    sentence: str = found["refusal"]["sentence"]
+    return sentence
+
+
+def test_it_says_which_experts_it_would_move(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        runs = asyncio.create_task(plane.run())
+        world.now_s += 1.0
+        for number, shard in enumerate(world.pool.shards.values()):
+            rows = 400_000 if number == 0 else 20_000
+            shard.load = [(slot.layer, slot.expert, rows) for slot in shard.spec.slots]
+        await until(lambda: len(plane.view()["load"]) == 8)
+        found = await plane.rebalance()
+        assert found["refusal"] is None, found
+        assert found["after"]["imbalance"] < found["before"]["imbalance"]
+        assert [shard["shard_id"] for shard in found["before"]["shards"]] == list(world.pool.shards)
+        runs.cancel()
+
+    run(act)
+
+
+def test_it_moves_nothing_while_shards_start(world: World) -> None:
+    async def act() -> None:
+        world.pool.never_loads = True
+        plane = await world.controller()
+        assert reason(await plane.rebalance()) == "the shards are not up yet"
+
+    run(act)
+
+
+def test_it_moves_nothing_where_routers_hold_the_experts(world: World) -> None:
+    async def act() -> None:
+        world.config = world.config.model_copy(update={"shards": 0})
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        assert "routers hold the experts themselves" in reason(await plane.rebalance())
+
+    run(act)
+
+
+def test_it_moves_nothing_while_a_lost_shard_is_replaced(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        runs = asyncio.create_task(plane.run())
+        world.pool.never_loads = True
+        victim = next(iter(world.pool.shards))
+        world.pool.kill(victim)
+        await until(lambda: any(shard["state"] == "dead" for shard in plane.view()["shards"]))
+        assert reason(await plane.rebalance()).startswith("not ready: ")
+        runs.cancel()
+
+    run(act)
+
+
+def test_it_moves_nothing_while_an_epoch_is_prepared(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        await plane.join_router(router(), "p", world.values())
+        runs = asyncio.create_task(plane.run())
+        for shard in world.pool.shards.values():
+            shard.may_prepare.clear()
+        world.pool.kill(next(iter(world.pool.shards)))
+        await until(lambda: plane.state.preparing is not None)
+        assert reason(await plane.rebalance()) == "the next epoch is being prepared"
+        runs.cancel()
+
+    run(act)
