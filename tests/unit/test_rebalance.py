@@ -193,6 +193,12 @@ def test_the_copy_that_nobody_needs_makes_room_for_the_one_that_is_needed() -> N
     assert len(shards(plan, 1)) == 1
 
 
+def test_of_two_copies_that_could_make_room_one_stays() -> None:
+    plan = planned(rebalance(placed("0", "1", "1"), prefill(900, 20), fleet([1, 1, 1]), GOAL))
+    assert shards(plan, 0) == {A, B}
+    assert shards(plan, 1) == {C}
+
+
 def test_a_copy_that_must_be_kept_makes_no_room() -> None:
     current = placed("0", "012", "13", "23")
     hosts = fleet([1, 3, 2, 2])
