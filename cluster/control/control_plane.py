@@ -14,23 +14,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from cluster.balance.plan import Refusal
-from cluster.balance.rebalance import BalanceGoal
 from cluster.config import ServiceConfig, parse_config
-from cluster.control.balancer import BalanceQuestion, Balancer, not_ready
 from cluster.control.desired_state import DesiredState, Memory, Store
 from cluster.control.expert_tier import WEIGHTS_VERSION, ExpertTier
 from cluster.control.load_ledger import LoadLedger
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
-from cluster.control.rebalance_answer import answer, refusal_answer
+from cluster.control.rebalancing import Rebalancing
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
 from cluster.control.shard_fleet import ShardDied, ShardPool, ShardRefused, ShardUnreachable
 from cluster.metrics.member_snapshots import controller_snapshot
 from cluster.metrics.merge import ServiceNumbers
-from cluster.service_model import ITEMSIZES, resolve
-from experts.epoch import Epoch
+from cluster.service_model import resolve
 from experts.placement import ShardId
 from experts.process_memory import resident_bytes
 
@@ -84,7 +80,6 @@ class ControlPlane:
         # A controller that is reborn does not know at once what its members have counted.
         gathering_s = SUSPECT_AFTER_HEARTBEATS * config.heartbeat_s if memory.state.term > 1 else 0.0
         self._all_known_at_s = outside.clock() + gathering_s
-        self._balancer = Balancer()
         self._processes: dict[MemberId, Any] = {}
         self._app_watch = AppWatch(gone_after_s=config.app_gone_s)
         self._news = asyncio.Event()
@@ -99,6 +94,7 @@ class ControlPlane:
             on_news=self._news.set,
             on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
+        self._rebalancing = Rebalancing(self._tier, num_cores=num_cores, clock=outside.clock)
         self._retired = asyncio.Event()
         self._retiring = False
         self._changing_tier = asyncio.Lock()
@@ -214,31 +210,7 @@ class ControlPlane:
 
     async def rebalance(self) -> dict[str, Any]:
         """What would be moved now; see rebalance_answer.py."""
-        question = await self._balance_question()
-        if isinstance(question, Refusal):
-            return refusal_answer(question)
-        # In a thread, because members go on reporting.
-        return await asyncio.to_thread(answer, question)
-
-    async def _balance_question(self) -> BalanceQuestion | Refusal:
-        epoch, config = self.state.epoch, self._tier.config
-        if config.shards == 0:
-            return not_ready("there are no shards: routers hold the experts themselves")
-        if not self._tier.is_up or epoch is None:
-            return not_ready("the shards are not up yet")
-        if self.state.preparing is not None:
-            return not_ready("the next epoch is being prepared")
-        unwell = [each.member_id for each in self._members(MemberKind.SHARD) if each.state is not MemberState.READY]
-        if unwell:
-            return not_ready(f"not ready: {', '.join(unwell)}")
-        model = (await self._tier.started()).model
-        return self._balancer.question(
-            Epoch.from_dict(epoch),
-            model.expert_shape,
-            itemsize=ITEMSIZES[resolve(config, model, self._num_cores).dtype],
-            goal=BalanceGoal(min_copies=config.copies),
-            now_s=self._now(),
-        )
+        return await self._rebalancing.propose()
 
     async def run(self) -> None:
         """Looks at everybody until the service has been removed. Raises what keeps it from that."""
@@ -283,6 +255,7 @@ class ControlPlane:
                 raise ValueError(f"the service runs with other values of {names}: delete the application first")
             logger.info("configured anew (%s): the shards are replaced", names)
             await self._tier.replace(wanted)
+            self._rebalancing.begin_anew()
 
     def _members(self, kind: MemberKind) -> tuple[Member, ...]:
         return self._membership.of_kind(kind, self._now())
@@ -301,7 +274,7 @@ class ControlPlane:
         self._processes.pop(member_id, None)
         self._ledger.close(member_id)
         self._reports.close(member_id)
-        self._balancer.forget(ShardId(member_id))
+        self._rebalancing.forget(ShardId(member_id))
         self._end_lease(member_id)
 
     def _end_lease(self, member_id: MemberId) -> None:
@@ -383,7 +356,7 @@ class ControlPlane:
         seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
         if self._membership.report(seen, self._now()):
             self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
-            self._balancer.note(shard_id, report, self._now())
+            self._rebalancing.note(shard_id, report)
 
     async def _look_at_process(self, member_id: MemberId, process: Any) -> None:
         if await self._outside.probe.has_died(process):

@@ -18,7 +18,7 @@ from typing import Any
 from cluster.control.background_tasks import BackgroundTasks
 from cluster.control.backoff import Backoff
 from cluster.control.desired_state import Memory
-from cluster.control.epoch_plan import Abort, Action, Commit, Prepare, Remove, Replace, Retire, decide
+from cluster.control.epoch_plan import Abort, Action, Commit, Prepare, Remove, Replace, Retire, decide, unrest
 from cluster.control.epoch_view import LEASE_S, EpochView, Preparation
 from cluster.control.membership import MemberId, MemberState
 from cluster.control.reconcile import further_shards, lineage, successor
@@ -121,6 +121,10 @@ class EpochKeeper:
     def is_wanted(self, shard_id: ShardId) -> bool:
         """Whether the shard is to stay."""
         return shard_id in self._memory.state.target
+
+    def unrest(self) -> str | None:
+        """See epoch_plan.unrest."""
+        return unrest(self._view())
 
     # What is done about it
 

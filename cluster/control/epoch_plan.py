@@ -72,6 +72,22 @@ def decide(view: EpochView) -> tuple[Action, ...]:
     return (*_replacements(view), *_of_preparation(view), *_retirements(view), *_removals(view))
 
 
+def unrest(view: EpochView) -> str | None:
+    """Why a change that could wait must wait. None when all is well: every shard serves the epoch in force and no
+    other, that is as it should be, and routers use it and all of its shards."""
+    if view.preparing is not None:
+        return "the next epoch is being prepared"
+    wanted = dict.fromkeys([*view.target.slots_by_shard, *view.placement.slots_by_shard])
+    unwell = [shard for shard in wanted if not view.is_ready(shard) or shard in view.masked]
+    if unwell:
+        return f"not ready: {', '.join(unwell)}"
+    if not _is_same(view.target, view.placement):
+        return "the shards do not hold yet what they should"
+    if _last_change_goes_on(view):
+        return f"epoch {view.number} has not been taken up by all shards and routers yet"
+    return None
+
+
 def _replacements(view: EpochView) -> Iterator[Action]:
     for shard_id in view.target.slots_by_shard:
         known = view.shards.get(shard_id)

@@ -217,7 +217,7 @@ class Gateway:
             try:
                 answer = await self._link.scale_shards(request.num_shards, VIEW_TIMEOUT_S)
             except (RayError, TimeoutError):
-                raise ServiceError(StatusCode.UNAVAILABLE, "the controller does not answer: try again") from None
+                raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
             if "refusal" in answer:
                 raise ServiceError(StatusCode.INVALID_ARGUMENT, answer["refusal"])
             return admin_pb2.ScaleShardsResponse(shard_ids=answer["shard_ids"])
@@ -230,7 +230,7 @@ class Gateway:
             try:
                 return rebalance_response(await self._link.rebalance(REBALANCE_TIMEOUT_S))
             except (RayError, TimeoutError):
-                raise ServiceError(StatusCode.UNAVAILABLE, "the controller does not answer: try again") from None
+                raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
         with _errors_told(grpc_context):

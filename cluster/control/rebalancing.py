@@ -1,0 +1,64 @@
+"""The controller's part in balancing: hears of shards' work, asks what to move, and tells."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from cluster.balance.plan import Refusal
+from cluster.balance.rebalance import BalanceGoal
+from cluster.control.balancer import BalanceQuestion, Balancer, not_ready
+from cluster.control.expert_tier import ExpertTier
+from cluster.control.rebalance_answer import answer, refusal_answer
+from cluster.control.shard_fleet import ShardReport
+from cluster.service_model import ITEMSIZES, resolve
+from experts.placement import ShardId
+
+
+class Rebalancing:
+    """All methods belong to one event loop."""
+
+    def __init__(self, tier: ExpertTier, *, num_cores: int, clock: Callable[[], float]) -> None:
+        self._tier = tier
+        self._num_cores = num_cores
+        self._clock = clock
+        self._balancer = Balancer()
+        self._deciding = asyncio.Lock()
+
+    def note(self, shard_id: ShardId, report: ShardReport) -> None:
+        self._balancer.note(shard_id, report, self._clock())
+
+    def forget(self, shard_id: ShardId) -> None:
+        self._balancer.forget(shard_id)
+
+    def begin_anew(self) -> None:
+        """The shards are others now, maybe of another model: what was asked of the old ones says nothing of them."""
+        self._balancer = Balancer()
+
+    async def propose(self) -> dict[str, Any]:
+        """What would be moved now; see rebalance_answer.py. One at a time: each takes a thread, maybe for a second,
+        and members' reports need threads, too."""
+        async with self._deciding:
+            question = await self._question()
+            if isinstance(question, Refusal):
+                return refusal_answer(question)
+            return await asyncio.to_thread(answer, question)
+
+    async def _question(self) -> BalanceQuestion | Refusal:
+        if not self._tier.is_up:
+            return not_ready("the shards are not up yet")
+        started = await self._tier.started()
+        if started.keeper is None:
+            return not_ready("there are no shards: routers hold the experts themselves")
+        unrest = started.keeper.unrest()
+        if unrest is not None:
+            return not_ready(unrest)
+        config = self._tier.config
+        return self._balancer.question(
+            self._tier.epoch,
+            started.model.expert_shape,
+            itemsize=ITEMSIZES[resolve(config, started.model, self._num_cores).dtype],
+            goal=BalanceGoal(min_copies=config.copies),
+            now_s=self._clock(),
+        )
