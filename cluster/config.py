@@ -116,6 +116,9 @@ class ServiceConfig(BaseModel):
     start_timeout_s: float = Field(
         1800.0, gt=0, description="How long placing a process and loading its weights may take."
     )
+    rebalance_stall_s: float = Field(
+        120.0, gt=0, description="How long a rebalance may stand still, no expert loaded, before it is rolled back."
+    )
     drain_timeout_s: float = Field(
         120.0, gt=0, description="How long open requests may go on when the service or a process is told to stop."
     )

@@ -81,6 +81,7 @@ class ExpertShardActor:
             "speed": self._speed,
             "memory_pool": self._memory_pool(),
             "num_free_slots": self._num_free_slots(),
+            "num_loaded": self._control.num_loaded,
         }
 
     def drain(self, timeout_s: float = 30.0) -> None:

@@ -1,20 +1,22 @@
-"""`arriero rebalance`: asks a running service which experts should live elsewhere. Imports neither Ray nor torch."""
+"""`arriero rebalance`: has a running service move experts by their load, and waits until it is so. No Ray, no torch."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
 
-from cluster.commands.status import TOKEN_ENV, find_service
+from cluster.commands.scale import PASSING, POLL_S
+from cluster.commands.status import TIMEOUT_S, TOKEN_ENV, call_admin, find_service
 from cluster.launch.token_file import state_folder
-from cluster.v1 import admin_pb2, admin_pb2_grpc
+from cluster.v1 import admin_pb2
 
-TIMEOUT_S = 70.0
+DECISION_TIMEOUT_S = 70.0
 MAX_LAYERS = 8
 
 
@@ -27,29 +29,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="Only show what would be done, and what it would bring.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of text.")
+    parser.add_argument(
+        "--timeout-s",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="How long to wait until all is moved. 0: not at all.",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """A refusal is an answer: exit code 0."""
+    """0: done, or shown. 2: the service refuses, because there is nothing that it could or should move."""
     address, token = find_service(arguments.address)
     try:
         response = rebalance(address, token, dry_run=arguments.dry_run)
+        print(json.dumps(response_to_json(response)) if arguments.json else response_to_text(response), flush=True)
+        if arguments.dry_run or arguments.timeout_s <= 0:
+            return 0
+        return _wait(address, token, response.rebalance_id, arguments.timeout_s)
     except grpc.RpcError as error:
         print(f"arriero rebalance: {address}: {error.code().name}: {error.details()}", file=sys.stderr)
-        return 1
-    print(json.dumps(response_to_json(response)) if arguments.json else response_to_text(response))
-    return 0
+        return 2 if error.code() is grpc.StatusCode.FAILED_PRECONDITION else 1
 
 
 def rebalance(address: str, token: str, *, dry_run: bool) -> admin_pb2.RebalanceResponse:
-    """Raises grpc.RpcError, within TIMEOUT_S."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        response: admin_pb2.RebalanceResponse = admin_pb2_grpc.AdminServiceStub(channel).Rebalance(
-            admin_pb2.RebalanceRequest(dry_run=dry_run),
-            timeout=TIMEOUT_S,
-            metadata=(("authorization", f"Bearer {token}"),),
-        )
+    """Raises grpc.RpcError, within DECISION_TIMEOUT_S."""
+    request = admin_pb2.RebalanceRequest(dry_run=dry_run)
+    response: admin_pb2.RebalanceResponse = call_admin(
+        address, token, lambda admin: admin.Rebalance, request, timeout_s=DECISION_TIMEOUT_S
+    )
     return response
+
+
+def _wait(address: str, token: str, rebalance_id: str, timeout_s: float) -> int:
+    """Tells on stderr how it ends: what is printed is the plan."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = _progress(address, token, rebalance_id)
+        if found is not None and found.state != "moving":
+            print(f"arriero rebalance: {outcome_to_text(found)}", file=sys.stderr)
+            return 0 if found.state == "done" else 1
+        time.sleep(POLL_S)
+    print(f"arriero rebalance: not done within {timeout_s:g} s; it goes on", file=sys.stderr)
+    return 1
+
+
+def _progress(address: str, token: str, rebalance_id: str) -> admin_pb2.GetRebalanceResponse | None:
+    """None while nobody answers: the controller may be on its way back. Raises grpc.RpcError for anything else."""
+    request = admin_pb2.GetRebalanceRequest(rebalance_id=rebalance_id)
+    try:
+        found: admin_pb2.GetRebalanceResponse = call_admin(
+            address, token, lambda admin: admin.GetRebalance, request, timeout_s=TIMEOUT_S
+        )
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            # Another controller has come, which gives up what was only prepared.
+            reason = "the controller that had begun it has gone"
+            return admin_pb2.GetRebalanceResponse(rebalance_id=rebalance_id, state="given_up", reason=reason)
+        if error.code() not in PASSING:
+            raise
+        return None
+    return found
+
+
+def outcome_to_text(found: admin_pb2.GetRebalanceResponse) -> str:
+    if found.state == "done":
+        return f"done; epoch {found.epoch} is in force"
+    return f"given up after {found.num_stages_done} of {found.num_stages} stages: {found.reason}"
 
 
 def response_to_json(response: admin_pb2.RebalanceResponse) -> dict[str, Any]:
@@ -58,6 +104,7 @@ def response_to_json(response: admin_pb2.RebalanceResponse) -> dict[str, Any]:
         "refusal": {"reason": refusal.reason, "sentence": refusal.sentence, "missing_bytes": refusal.missing_bytes}
         if response.HasField("refusal")
         else None,
+        "rebalance_id": response.rebalance_id,
         "stages": [
             {"additions": _placed(stage.additions), "removals": _placed(stage.removals)} for stage in response.stages
         ],

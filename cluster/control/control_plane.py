@@ -208,9 +208,9 @@ class ControlPlane:
             "load": [list(entry) for entry in self._ledger.totals()],
         }
 
-    async def rebalance(self) -> dict[str, Any]:
-        """What would be moved now; see rebalance_answer.py."""
-        return await self._rebalancing.propose()
+    @property
+    def rebalancing(self) -> Rebalancing:
+        return self._rebalancing
 
     async def run(self) -> None:
         """Looks at everybody until the service has been removed. Raises what keeps it from that."""

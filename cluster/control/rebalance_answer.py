@@ -1,22 +1,23 @@
-"""What `Rebalance` answers, as plain values under the names of arriero.v1.RebalanceResponse. Pure."""
+"""What `Rebalance` and `GetRebalance` answer, as plain values under the names of arriero.v1's messages. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cluster.balance.plan import PlacedSlot, Prediction, Refusal
+from cluster.balance.plan import PlacedSlot, Plan, Prediction, Refusal
 from cluster.control.balancer import BalanceQuestion
+from cluster.control.movement import Movement
 from experts.placement import ExpertPlacement, ShardId
 
 
-def answer(question: BalanceQuestion) -> dict[str, Any]:
-    """Decides, and tells. May take a second or more for a large model."""
-    outcome = question.decide()
+def answer(question: BalanceQuestion, outcome: Plan | Refusal) -> dict[str, Any]:
+    """outcome: as question.decide() gives it. rebalance_id is for whoever carries it out."""
     before = _prediction(question.predict(), question.placement, question.measured_busy)
     if isinstance(outcome, Refusal):
         return {**refusal_answer(outcome), "span_s": question.traffic.span_s, "before": before}
     return {
+        "rebalance_id": "",
         "refusal": None,
         "stages": [
             {"additions": _placed(stage.additions), "removals": _placed(stage.removals)} for stage in outcome.stages
@@ -31,6 +32,7 @@ def answer(question: BalanceQuestion) -> dict[str, Any]:
 def refusal_answer(refusal: Refusal) -> dict[str, Any]:
     """Where nothing else is known."""
     return {
+        "rebalance_id": "",
         "refusal": {
             "reason": refusal.reason.value,
             "sentence": refusal.sentence,
@@ -41,6 +43,18 @@ def refusal_answer(refusal: Refusal) -> dict[str, Any]:
         "span_s": 0.0,
         "before": None,
         "after": None,
+    }
+
+
+def progress_answer(movement: Movement, epoch: int) -> dict[str, Any]:
+    """Under the names of arriero.v1.GetRebalanceResponse. epoch: the one in force."""
+    return {
+        "rebalance_id": movement.movement_id,
+        "state": movement.state.value,
+        "num_stages": movement.num_stages,
+        "num_stages_done": movement.num_taken_up,
+        "reason": movement.failure or "",
+        "epoch": epoch,
     }
 
 

@@ -1,4 +1,4 @@
-"""The controller's part in balancing: hears of shards' work, asks what to move, and tells."""
+"""The controller's part in balancing: hears of shards' work, asks what to move, tells, and has it moved."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from cluster.balance.plan import Refusal
+from cluster.balance.plan import Plan, Refusal
 from cluster.balance.rebalance import BalanceGoal
 from cluster.control.balancer import BalanceQuestion, Balancer, not_ready
+from cluster.control.epoch_keeper import UnrestError
 from cluster.control.expert_tier import ExpertTier
-from cluster.control.rebalance_answer import answer, refusal_answer
+from cluster.control.rebalance_answer import answer, progress_answer, refusal_answer
 from cluster.control.shard_fleet import ShardReport
 from cluster.service_model import ITEMSIZES, resolve
-from experts.placement import ShardId
+from experts.placement import ExpertPlacement, ShardId
 
 
 class Rebalancing:
@@ -36,14 +37,34 @@ class Rebalancing:
         """The shards are others now, maybe of another model: what was asked of the old ones says nothing of them."""
         self._balancer = Balancer()
 
-    async def propose(self) -> dict[str, Any]:
-        """What would be moved now; see rebalance_answer.py. One at a time: each takes a thread, maybe for a second,
-        and members' reports need threads, too."""
+    async def rebalance(self, *, dry_run: bool) -> dict[str, Any]:
+        """What is moved from now on, or what would be; see rebalance_answer.py. One at a time: each takes a thread,
+        maybe for a second, and members' reports need threads, too."""
         async with self._deciding:
             question = await self._question()
             if isinstance(question, Refusal):
                 return refusal_answer(question)
-            return await asyncio.to_thread(answer, question)
+            outcome, told = await asyncio.to_thread(_decide, question)
+            if dry_run or isinstance(outcome, Refusal):
+                return told
+            return await self._begin(outcome.placements_from(question.placement), told)
+
+    def progress(self, rebalance_id: str) -> dict[str, Any] | None:
+        """See rebalance_answer.progress_answer; of the last one for an empty id. None when it is not known (any more),
+        so that what it had not yet taken up has been given up."""
+        movement = None if self._tier.keeper is None else self._tier.keeper.movement
+        if movement is None or rebalance_id not in ("", movement.movement_id):
+            return None
+        return progress_answer(movement, self._tier.epoch.number)
+
+    async def _begin(self, placements: list[ExpertPlacement], told: dict[str, Any]) -> dict[str, Any]:
+        if self._tier.keeper is None:
+            return refusal_answer(not_ready("the shards have changed meanwhile"))
+        try:
+            movement = await self._tier.keeper.move(placements)
+        except UnrestError as error:
+            return refusal_answer(not_ready(str(error)))
+        return {**told, "rebalance_id": movement.movement_id}
 
     async def _question(self) -> BalanceQuestion | Refusal:
         if not self._tier.is_up:
@@ -62,3 +83,8 @@ class Rebalancing:
             goal=BalanceGoal(min_copies=config.copies),
             now_s=self._clock(),
         )
+
+
+def _decide(question: BalanceQuestion) -> tuple[Plan | Refusal, dict[str, Any]]:
+    outcome = question.decide()
+    return outcome, answer(question, outcome)

@@ -83,6 +83,7 @@ class RayShardPool:
             epochs=frozenset(stats["epochs"]),
             memory_pool=stats["memory_pool"],
             num_free_slots=stats["num_free_slots"],
+            num_loaded=stats["num_loaded"],
             work=ShardWork.from_stats(stats),
             metrics=metrics,
         )

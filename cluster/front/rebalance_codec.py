@@ -1,4 +1,4 @@
-"""The controller's answer about better places for experts, as a protobuf message."""
+"""The controller's answers about better places for experts, as protobuf messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ def rebalance_response(answer: Mapping[str, Any]) -> admin_pb2.RebalanceResponse
         span_s=answer["span_s"],
         before=_prediction(answer["before"]),
         after=_prediction(answer["after"]),
+        rebalance_id=answer["rebalance_id"],
     )
+
+
+def progress_response(progress: Mapping[str, Any]) -> admin_pb2.GetRebalanceResponse:
+    """progress: as cluster.control.rebalance_answer makes it."""
+    return admin_pb2.GetRebalanceResponse(**progress)
 
 
 def _placed(slots: Sequence[Mapping[str, Any]]) -> list[admin_pb2.PlacedSlot]:

@@ -349,8 +349,66 @@ class RebalanceRequest(_message.Message):
 Global___RebalanceRequest: _TypeAlias = RebalanceRequest  # noqa: Y015
 
 @_typing.final
+class GetRebalanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REBALANCE_ID_FIELD_NUMBER: _builtins.int
+    rebalance_id: _builtins.str
+    """Empty: the last one."""
+    def __init__(
+        self,
+        *,
+        rebalance_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rebalance_id", b"rebalance_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRebalanceRequest: _TypeAlias = GetRebalanceRequest  # noqa: Y015
+
+@_typing.final
+class GetRebalanceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REBALANCE_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_STAGES_FIELD_NUMBER: _builtins.int
+    NUM_STAGES_DONE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    rebalance_id: _builtins.str
+    state: _builtins.str
+    """"moving", "done" or "given_up"."""
+    num_stages: _builtins.int
+    num_stages_done: _builtins.int
+    """Those that have come into force. They stay when the rest is given up."""
+    reason: _builtins.str
+    """With "given_up": why."""
+    epoch: _builtins.int
+    """The epoch in force."""
+    def __init__(
+        self,
+        *,
+        rebalance_id: _builtins.str = ...,
+        state: _builtins.str = ...,
+        num_stages: _builtins.int = ...,
+        num_stages_done: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "num_stages", b"num_stages", "num_stages_done", b"num_stages_done", "reason", b"reason", "rebalance_id", b"rebalance_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRebalanceResponse: _TypeAlias = GetRebalanceResponse  # noqa: Y015
+
+@_typing.final
 class RebalanceResponse(_message.Message):
-    """`arriero rebalance --dry-run --json` prints these fields under these names."""
+    """`arriero rebalance --json` prints these fields under these names."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -360,12 +418,15 @@ class RebalanceResponse(_message.Message):
     SPAN_S_FIELD_NUMBER: _builtins.int
     BEFORE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
+    REBALANCE_ID_FIELD_NUMBER: _builtins.int
     bytes_loaded: _builtins.int
     span_s: _builtins.float
     """The traffic that this is about was seen in this time."""
+    rebalance_id: _builtins.str
+    """For GetRebalance; empty with dry_run."""
     @_builtins.property
     def refusal(self) -> Global___RebalanceRefusal:
-        """Set when nothing is to be changed."""
+        """Set when nothing is to be changed; with dry_run only."""
 
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___RebalanceStage]:
@@ -388,10 +449,11 @@ class RebalanceResponse(_message.Message):
         span_s: _builtins.float = ...,
         before: Global___BusyPrediction | None = ...,
         after: Global___BusyPrediction | None = ...,
+        rebalance_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "bytes_loaded", b"bytes_loaded", "refusal", b"refusal", "span_s", b"span_s", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "bytes_loaded", b"bytes_loaded", "rebalance_id", b"rebalance_id", "refusal", b"refusal", "span_s", b"span_s", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

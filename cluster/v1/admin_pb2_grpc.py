@@ -54,6 +54,11 @@ class AdminServiceStub(object):
                 request_serializer=cluster_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
                 _registered_method=True)
+        self.GetRebalance = channel.unary_unary(
+                '/arriero.v1.AdminService/GetRebalance',
+                request_serializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -84,8 +89,17 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Rebalance(self, request, context):
-        """Which experts should live elsewhere or in more copies, by what was asked of them in the last minutes.
-        Without dry_run: UNIMPLEMENTED in this version.
+        """Moves experts, or gives them more copies, by what was asked of them in the last minutes. Answers once that has begun;
+        GetRebalance tells how it comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when nothing is
+        moved: too little is known of the load, the gain is below the cost, or another change is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRebalance(self, request, context):
+        """NOT_FOUND for what the controller does not know (any more): one that was begun by a controller that has gone
+        since, or is not the last one. What that had not yet taken into use has been given up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,6 +127,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Rebalance,
                     request_deserializer=cluster_dot_v1_dot_admin__pb2.RebalanceRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_admin__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'GetRebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRebalance,
+                    request_deserializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +242,33 @@ class AdminService(object):
             '/arriero.v1.AdminService/Rebalance',
             cluster_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
             cluster_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.AdminService/GetRebalance',
+            cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.SerializeToString,
+            cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

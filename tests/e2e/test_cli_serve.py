@@ -133,8 +133,8 @@ def test_rebalance_shows_what_it_would_do_and_does_nothing(service: ServeProcess
     assert [shard["num_slots"] for shard in answer["before"]["shards"]] == [16, 16]
     assert "nothing to do (little_traffic): " in arriero(service, "rebalance", "--dry-run").stdout
     refused = arriero(service, "rebalance")
-    assert refused.returncode == 1
-    assert "UNIMPLEMENTED: only dry_run is served: this version moves no experts" in refused.stderr
+    assert refused.returncode == 2
+    assert "FAILED_PRECONDITION: little_traffic: " in refused.stderr
     assert json.loads(arriero(service, "status", "--json").stdout)["shards"] == before
 
 

@@ -48,7 +48,8 @@ class FakeStore:
 
 @dataclass
 class FakeShard:
-    """is_silent: a frozen process. may_prepare: cleared, it takes its time. error: what it says to prepare."""
+    """is_silent: a frozen process. may_prepare: cleared, it takes its time. error: what it says to prepare. num_loaded:
+    how far it says that it is."""
 
     spec: ShardSpec
     epochs: list[int] = field(default_factory=list)
@@ -57,6 +58,7 @@ class FakeShard:
     is_silent: bool = False
     may_prepare: asyncio.Event = field(default_factory=asyncio.Event)
     error: str | None = None
+    num_loaded: int = 0
     heard: list[str] = field(default_factory=list)
 
 
@@ -112,6 +114,7 @@ class FakePool:
             epochs=frozenset(shard.epochs),
             memory_pool="n",
             num_free_slots=self.num_free_slots,
+            num_loaded=shard.num_loaded,
             work=ShardWork(
                 by_slot={Slot(layer, expert): SlotTraffic(rows, rows // 200) for layer, expert, rows in shard.load},
                 busy_s=0.0,

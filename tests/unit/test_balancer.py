@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,7 @@ def report(
         epochs=frozenset({7}),
         memory_pool=NODES[shard],
         num_free_slots=free,
+        num_loaded=0,
         work=ShardWork(by_slot=by_slot, busy_s=busy_s, speed=speed),
     )
 
@@ -68,6 +70,11 @@ def asked(balancer: Balancer) -> BalanceQuestion:
     found = question(balancer)
     assert isinstance(found, BalanceQuestion), found
     return found
+
+
+def told(balancer: Balancer) -> dict[str, Any]:
+    found = asked(balancer)
+    return answer(found, found.decide())
 
 
 def test_it_knows_sizes_room_nodes_speed_and_traffic() -> None:
@@ -108,9 +115,9 @@ def test_it_is_not_ready_while_no_speed_is_known() -> None:
 def test_a_plan_arrives_at_the_command_line_whole() -> None:
     balancer = Balancer()
     heard(balancer, a_rows=20000, others_rows=2000)
-    response = rebalance_response(answer(asked(balancer)))
+    response = rebalance_response(told(balancer))
     printed = json.loads(json.dumps(response_to_json(response)))
-    assert set(printed) == {"refusal", "stages", "bytes_loaded", "span_s", "before", "after"}
+    assert set(printed) == {"refusal", "rebalance_id", "stages", "bytes_loaded", "span_s", "before", "after"}
     assert printed["refusal"] is None
     assert printed["span_s"] == 60.0
     additions = [placed for stage in printed["stages"] for placed in stage["additions"]]
@@ -133,7 +140,7 @@ def test_a_plan_arrives_at_the_command_line_whole() -> None:
 def test_a_refusal_arrives_with_its_reason_and_how_busy_shards_are() -> None:
     balancer = Balancer()
     heard(balancer, a_rows=20000, others_rows=2000, free=0)
-    response = rebalance_response(answer(asked(balancer)))
+    response = rebalance_response(told(balancer))
     printed = response_to_json(response)
     assert printed["refusal"]["reason"] == "no_room"
     assert printed["refusal"]["missing_bytes"] > 0

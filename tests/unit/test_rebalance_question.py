@@ -46,7 +46,7 @@ def test_it_says_which_experts_it_would_move(world: World) -> None:
         await plane.join_router(router(), "p", world.values())
         runs = asyncio.create_task(plane.run())
         await work(world, plane)
-        found = await plane.rebalance()
+        found = await plane.rebalancing.rebalance(dry_run=True)
         assert found["refusal"] is None, found
         assert found["after"]["imbalance"] < found["before"]["imbalance"]
         assert [shard["shard_id"] for shard in found["before"]["shards"]] == list(world.pool.shards)
@@ -59,7 +59,7 @@ def test_it_moves_nothing_while_shards_start(world: World) -> None:
     async def act() -> None:
         world.pool.never_loads = True
         plane = await world.controller()
-        assert reason(await plane.rebalance()) == "the shards are not up yet"
+        assert reason(await plane.rebalancing.rebalance(dry_run=True)) == "the shards are not up yet"
 
     run(act)
 
@@ -69,7 +69,7 @@ def test_it_moves_nothing_where_routers_hold_the_experts(world: World) -> None:
         world.config = world.config.model_copy(update={"shards": 0})
         plane = await world.controller()
         await plane.join_router(router(), "p", world.values())
-        assert "routers hold the experts themselves" in reason(await plane.rebalance())
+        assert "routers hold the experts themselves" in reason(await plane.rebalancing.rebalance(dry_run=True))
 
     run(act)
 
@@ -83,7 +83,7 @@ def test_it_moves_nothing_while_a_lost_shard_is_replaced(world: World) -> None:
         victim = next(iter(world.pool.shards))
         world.pool.kill(victim)
         await until(lambda: any(shard["state"] == "dead" for shard in plane.view()["shards"]))
-        assert reason(await plane.rebalance()).startswith("not ready: ")
+        assert reason(await plane.rebalancing.rebalance(dry_run=True)).startswith("not ready: ")
         runs.cancel()
 
     run(act)
@@ -98,7 +98,7 @@ def test_it_moves_nothing_while_an_epoch_is_prepared(world: World) -> None:
             shard.may_prepare.clear()
         world.pool.kill(next(iter(world.pool.shards)))
         await until(lambda: plane.state.preparing is not None)
-        assert reason(await plane.rebalance()) == "the next epoch is being prepared"
+        assert reason(await plane.rebalancing.rebalance(dry_run=True)) == "the next epoch is being prepared"
         runs.cancel()
 
     run(act)
@@ -116,10 +116,10 @@ def test_a_loss_that_is_made_good_stands_in_the_way_of_nothing(world: World) -> 
         world.pool.kill(victim)
         await until(lambda: victim not in plane.state.shard_ids and plane.state.preparing is None)
         await until(lambda: any(shard["state"] == "dead" for shard in plane.view()["shards"]))
-        found = await plane.rebalance()
+        found = await plane.rebalancing.rebalance(dry_run=True)
         while found["refusal"]["reason"] == "not_ready":
             await asyncio.sleep(0.005)
-            found = await plane.rebalance()
+            found = await plane.rebalancing.rebalance(dry_run=True)
         assert found["refusal"]["reason"] == "little_traffic"
         assert victim in [shard["id"] for shard in plane.view()["shards"]]
         runs.cancel()
@@ -136,10 +136,10 @@ def test_what_was_asked_of_other_shards_does_not_count(world: World) -> None:
         plane.leave(MemberId("router-1"))
         await plane.join_router(router(), "p", world.values(shards=2))
         await until(lambda: len(world.pool.shards) == 2)
-        found = await plane.rebalance()
+        found = await plane.rebalancing.rebalance(dry_run=True)
         while found["refusal"] is not None and found["refusal"]["reason"] == "not_ready":
             await asyncio.sleep(0.005)
-            found = await plane.rebalance()
+            found = await plane.rebalancing.rebalance(dry_run=True)
         assert found["refusal"]["reason"] == "little_traffic", found
         runs.cancel()
 
@@ -165,7 +165,7 @@ def test_however_many_ask_one_decision_is_made_at_a_time(world: World, monkeypat
         await plane.join_router(router(), "p", world.values())
         runs = asyncio.create_task(plane.run())
         await work(world, plane)
-        await asyncio.gather(*(plane.rebalance() for _ in range(5)))
+        await asyncio.gather(*(plane.rebalancing.rebalance(dry_run=True) for _ in range(5)))
         assert most == [1] * 5
         runs.cancel()
 
