@@ -64,10 +64,9 @@ class LayerDestinations:
         """Shard by shard, within a shard by ascending expert. Raises IndexError for an expert above all others."""
         if self._fixed is not None:
             return self._fixed
-        rows_E = np.bincount(topk_ids_TK.cpu().numpy().reshape(-1))
-        rows = {expert: int(rows_E[expert]) for expert in np.flatnonzero(rows_E).tolist()}
-        copies = {expert: self._copies.get(expert, ()) for expert in rows}
-        if any(rows[expert] >= 2 * MIN_PART_ROWS and len(copies[expert]) > 1 for expert in rows):
+        rows = Counter(topk_ids_TK.flatten().tolist())
+        copies = {expert: self._copies.get(expert, ()) for expert in sorted(rows)}
+        if any(num_rows >= 2 * MIN_PART_ROWS and len(copies[expert]) > 1 for expert, num_rows in rows.items()):
             return self._split_order(rows, copies)
         return self._order(copies)
 
