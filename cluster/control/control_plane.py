@@ -214,7 +214,8 @@ class ControlPlane:
 
     async def run(self) -> None:
         """Looks at everybody until the service has been removed. Raises what keeps it from that."""
-        work = (self._keep_shards(), self._look_at_processes_for_ever(), self._watch_app(), self._retired.wait())
+        keeping = (self._keep_shards(), self._rebalancing.repeat_for_ever())
+        work = (*keeping, self._look_at_processes_for_ever(), self._watch_app(), self._retired.wait())
         tasks = [asyncio.create_task(each) for each in work]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,11 @@ from cluster.control.rebalance_answer import answer, progress_answer, refusal_an
 from cluster.control.shard_fleet import ShardReport
 from cluster.service_model import ITEMSIZES, resolve
 from experts.placement import ExpertPlacement, ShardId
+
+logger = logging.getLogger("arriero.controller")
+
+# How often to look whether another configuration has come that wants rebalances.
+LOOK_S = 10.0
 
 
 class Rebalancing:
@@ -48,6 +54,15 @@ class Rebalancing:
             if dry_run or isinstance(outcome, Refusal):
                 return told
             return await self._begin(outcome.placements_from(question.placement), told)
+
+    async def repeat_for_ever(self) -> None:
+        """Rebalances every rebalance_period_s; not while that is 0."""
+        while True:
+            period_s = self._tier.config.rebalance_period_s
+            await asyncio.sleep(period_s or LOOK_S)
+            if period_s:
+                refusal = (await self.rebalance(dry_run=False))["refusal"]
+                logger.debug("rebalance: %s", "begun" if refusal is None else refusal["sentence"])
 
     def progress(self, rebalance_id: str) -> dict[str, Any] | None:
         """See rebalance_answer.progress_answer; of the last one for an empty id. None when it is not known (any more),

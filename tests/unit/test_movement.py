@@ -31,6 +31,7 @@ def world(tmp_path: Path) -> World:
 def _time_runs_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The world's clock outruns the looks, and nobody shall be suspect for that."""
     monkeypatch.setattr("cluster.control.control_plane.SUSPECT_AFTER_HEARTBEATS", 4000)
+    monkeypatch.setattr("cluster.control.rebalancing.LOOK_S", 0.02)
 
 
 def scenario(act: Callable[[World], Awaitable[None]]) -> Callable[[World], None]:
@@ -258,3 +259,26 @@ async def test_a_shard_that_dies_afterwards_is_replaced_with_what_it_was_given(w
         world.pool.kill(next(iter(world.pool.shards)))
         await life.until(lambda: life.is_whole() and life.epoch.number > 2)
     assert sorted(map(sorted, held(life).values())) == sorted(map(sorted, moved.values()))
+
+
+@scenario
+async def test_where_a_period_is_set_the_service_does_it_by_itself_and_does_not_do_it_again(world: World) -> None:
+    world.config = world.config.model_copy(update={"rebalance_period_s": 0.02})
+    life = await begin(world)
+    with running(life.plane):
+        await work(life)
+        await life.until(lambda: state(life) == "done")
+        name = life.plane.rebalancing.progress("")
+        began_s = world.now_s
+        await life.until(lambda: world.now_s > began_s + 2.0)
+        assert life.plane.rebalancing.progress("") == name
+
+
+@scenario
+async def test_by_default_nothing_moves_by_itself(world: World) -> None:
+    life = await begin(world)
+    with running(life.plane):
+        await work(life)
+        began_s = world.now_s
+        await life.until(lambda: world.now_s > began_s + 2.0)
+        assert state(life) == "unknown"
