@@ -17,6 +17,7 @@ COMMANDS = {
     "scale": "change the number of expert shards of a running service",
     "bench": "measure the engine, the lanes or a running service",
     "status": "show the members, expert shards and load of a running service",
+    "rebalance": "move experts of a running service to where their load is even, or show what that would bring",
 }
 
 

@@ -116,6 +116,12 @@ class ServiceConfig(BaseModel):
     start_timeout_s: float = Field(
         1800.0, gt=0, description="How long placing a process and loading its weights may take."
     )
+    rebalance_period_s: float = Field(
+        0.0, ge=0, description="Time between two rebalances that the service begins by itself. 0: it never does."
+    )
+    rebalance_stall_s: float = Field(
+        120.0, gt=0, description="How long a rebalance may stand still, no expert loaded, before it is rolled back."
+    )
     drain_timeout_s: float = Field(
         120.0, gt=0, description="How long open requests may go on when the service or a process is told to stop."
     )

@@ -11,6 +11,7 @@ from router.config import ModelConfig
 
 MAX_DEFAULT_MODEL_LEN = 8192
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", None: "bfloat16"}
+ITEMSIZES = {"float32": 4, "bfloat16": 2}
 
 
 def read_model_config(folder: Path) -> ModelConfig:

@@ -28,6 +28,7 @@ class ExpertShardActor:
         from experts.server import ShardServer
         from experts.shard_control import ShardControl
         from experts.shard_loader import load_more, load_shard, num_free_slots
+        from experts.speed_probe import measure_speed
         from experts.transport.waiting import wait_policy
 
         configure_logging(spec.log, process=spec.shard_id)
@@ -35,6 +36,7 @@ class ExpertShardActor:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._shard = load_shard(spec)
         self._control = ShardControl(self._shard, partial(load_more, spec))
+        self._speed = measure_speed(self._shard)
         self._num_free_slots = partial(num_free_slots, spec)
         self._server = ShardServer(
             self._shard,
@@ -75,8 +77,11 @@ class ExpertShardActor:
             "epochs": list(self._shard.epochs),
             "num_bytes": self._shard.num_bytes,
             "resident_bytes": resident_bytes(),
+            "activations": self._shard.load.activations(),
+            "speed": self._speed,
             "memory_pool": self._memory_pool(),
             "num_free_slots": self._num_free_slots(),
+            "num_loaded": self._control.num_loaded,
         }
 
     def drain(self, timeout_s: float = 30.0) -> None:

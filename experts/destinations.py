@@ -13,14 +13,15 @@ import numpy as np
 import torch
 
 from experts.placement import ShardId
-from experts.row_plan import ExpertOrder
+from experts.row_plan import ExpertOrder, RankPart
+from experts.row_split import MIN_PART_ROWS, split_rows
 
 
 def choose_shards(copies: Mapping[int, Sequence[ShardId]], *, offset: int) -> dict[int, ShardId]:
     """expert -> the shard that gets all its rows, for experts that have at least one copy.
 
-    All rows of an expert go to one copy: while an expert's cost is the reading of its weights, splitting its rows
-    only costs. Experts without a choice are counted first; then each expert takes the copy whose shard has the
+    While an expert's cost is the reading of its weights, splitting its rows only costs; for many rows there is
+    ``split_rows``. Experts without a choice are counted first; then each expert takes the copy whose shard has the
     fewest experts of this dispatch so far. offset turns ties, so that lanes prefer different copies.
     """
     chosen = {expert: shards[0] for expert, shards in copies.items() if len(shards) == 1}
@@ -60,11 +61,34 @@ class LayerDestinations:
         self._fixed = None if any(len(shards) > 1 for shards in copies.values()) else self._order(copies)
 
     def order(self, topk_ids_TK: torch.Tensor) -> ShardOrder:
-        """Shard by shard, within a shard by ascending expert."""
+        """Shard by shard, within a shard by ascending expert. Raises IndexError for an expert above all others."""
         if self._fixed is not None:
             return self._fixed
-        asked = sorted(set(topk_ids_TK.flatten().tolist()))
-        return self._order({expert: self._copies.get(expert, ()) for expert in asked})
+        rows = Counter(topk_ids_TK.flatten().tolist())
+        copies = {expert: self._copies.get(expert, ()) for expert in sorted(rows)}
+        if any(num_rows >= 2 * MIN_PART_ROWS and len(copies[expert]) > 1 for expert, num_rows in rows.items()):
+            return self._split_order(rows, copies)
+        return self._order(copies)
+
+    def _split_order(self, rows: Mapping[int, int], copies: Mapping[int, Sequence[ShardId]]) -> ShardOrder:
+        parts = split_rows(rows, copies, offset=self._offset)
+        nowhere = {expert: self.missing if expert in self._copies else self.unplaced for expert in rows}
+        placed = sorted(
+            (self._number[part.shard_id], expert, part.num_rows) for expert in parts for part in parts[expert]
+        )
+        placed += sorted((nowhere[expert], expert, rows[expert]) for expert in rows.keys() - parts.keys())
+        ranks: dict[int, list[RankPart]] = {}
+        for rank, (_shard, expert, num_rows) in enumerate(placed):
+            ranks.setdefault(expert, []).append(RankPart(rank, num_rows))
+        rank_E = np.zeros(self._num_experts, dtype=np.int64)
+        for expert, of_expert in ranks.items():
+            rank_E[expert] = of_expert[0].rank
+        return ShardOrder(
+            rank_E,
+            [expert for _shard, expert, _num_rows in placed],
+            [shard for shard, _expert, _num_rows in placed],
+            parts={expert: of_expert for expert, of_expert in ranks.items() if len(of_expert) > 1},
+        )
 
     def _order(self, copies: Mapping[int, Sequence[ShardId]]) -> ShardOrder:
         chosen = choose_shards(copies, offset=self._offset)

@@ -1,7 +1,8 @@
 """Which row goes where: the permutation between tokens and routed rows, as numbers.
 
 Every (token, expert) pair, a copy of the token, becomes one routed row. The rows of one expert are contiguous, within
-an expert by token; experts come in ascending order, or in one that the caller names, such as shard by shard:
+an expert by token; experts come in ascending order, or in one that the caller names, such as shard by shard, where
+an expert that several shards compute comes several times:
 
     tokens   t0 -> e2, e0     t1 -> e2          rows   e0: t0 | e2: t0 t1
                                                 spans  (0, 0, 1)  (2, 1, 3)
@@ -14,8 +15,8 @@ Shapes: T tokens, K top-k, R = T * K routed rows, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +34,33 @@ class ExpertSpan(NamedTuple):
     stop: int
 
 
+class RankPart(NamedTuple):
+    """num_rows of an expert's rows go to this rank."""
+
+    rank: int
+    num_rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertOrder:
-    """An order of experts: the rank of each, and the expert of each rank."""
+    """An order of experts: the rank of each, and the expert of each rank.
+
+    parts: experts with several ranks, and how many of their rows, in the order of the tokens, each of those gets.
+    """
 
     rank_E: Indices
     experts: Sequence[int]
+    parts: Mapping[int, Sequence[RankPart]] = field(default_factory=dict, kw_only=True)
+
+    def ranks_of(self, ids_R: Indices) -> Indices:
+        """Raises IndexError for an expert that the order does not have."""
+        rank_R: Indices = self.rank_E[ids_R]
+        for expert, parts in self.parts.items():
+            [rows] = np.nonzero(ids_R == expert)
+            ends = np.cumsum([part.num_rows for part in parts])[:-1]
+            for part, rows_of_part in zip(parts, np.split(rows, ends), strict=True):
+                rank_R[rows_of_part] = part.rank
+        return rank_R
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +92,7 @@ def plan_rows(topk_ids_TK: torch.Tensor, order: ExpertOrder | None = None) -> Ro
     expert that the order does not have.
     """
     ids_TK = topk_ids_TK.cpu().numpy()
-    rank_R = ids_TK.reshape(-1) if order is None else order.rank_E[ids_TK.reshape(-1)]
+    rank_R = ids_TK.reshape(-1) if order is None else order.ranks_of(ids_TK.reshape(-1))
     copy_of_row_R = rank_R.argsort(kind="stable")
     row_of_copy_TK = copy_of_row_R.argsort(kind="stable").reshape(ids_TK.shape)
     if ids_TK.shape[1] > 1:

@@ -54,6 +54,10 @@ class Shard:
         return tuple(sorted(self._slots.keys() - self._retired))
 
     @property
+    def experts(self) -> tuple[Expert, ...]:
+        return tuple(self._slots.values())
+
+    @property
     def epochs(self) -> tuple[int, ...]:
         """The epochs served now, oldest first."""
         return tuple(self._epochs)

@@ -36,8 +36,14 @@ class ShardControl:
         self._load = load
         self._term = 0
         self._ended: set[int] = set()
+        self._num_loaded = 0
         self._lock = threading.Lock()
         self._preparing = threading.Lock()
+
+    @property
+    def num_loaded(self) -> int:
+        """Slots loaded for epochs since the start, those of a preparation under way included."""
+        return self._num_loaded
 
     def prepare(self, term: int, epoch: Epoch) -> None:
         """Loads what the epoch places here and is not here yet, then serves it, beside the one in force. Idempotent.
@@ -80,6 +86,7 @@ class ShardControl:
         result: Future[Mapping[Slot, Mlp]] = Future()
 
         def progress(_done: int, _total: int) -> None:
+            self._num_loaded += 1
             self._check_not_ended(number)
 
         def run() -> None:

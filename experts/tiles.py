@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 
 from experts.placement import Slot
+from experts.shard_speed import TILE_ROWS
 from experts.transport.base import LaneEnd, RowRequest
-
-TILE_ROWS = 256
 
 
 class ExpertTile(NamedTuple):

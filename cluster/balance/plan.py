@@ -108,3 +108,10 @@ class Plan:
     bytes_loaded: int
     before: Prediction
     after: Prediction
+
+    def placements_from(self, current: ExpertPlacement) -> list[ExpertPlacement]:
+        """current, then what each stage leads to."""
+        placements = [current]
+        for stage in self.stages:
+            placements.append(stage.applied_to(placements[-1]))
+        return placements

@@ -79,11 +79,18 @@ def list_requests(address: str, token: str) -> admin_pb2.ListRequestsResponse:
     return response
 
 
-def call_admin(address: str, token: str, method: Callable[[admin_pb2_grpc.AdminServiceStub], Any], request: Any) -> Any:
-    """One call of the AdminService. Raises grpc.RpcError, within TIMEOUT_S."""
+def call_admin(
+    address: str,
+    token: str,
+    method: Callable[[admin_pb2_grpc.AdminServiceStub], Any],
+    request: Any,
+    *,
+    timeout_s: float = TIMEOUT_S,
+) -> Any:
+    """One call of the AdminService. Raises grpc.RpcError, within timeout_s."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         call = method(admin_pb2_grpc.AdminServiceStub(channel))
-        return call(request, timeout=TIMEOUT_S, metadata=(("authorization", f"Bearer {token}"),))
+        return call(request, timeout=timeout_s, metadata=(("authorization", f"Bearer {token}"),))
 
 
 def view_to_json(view: admin_pb2.GetViewResponse) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cluster.control.expert_tier import WEIGHTS_VERSION, ExpertTier
 from cluster.control.load_ledger import LoadLedger
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
+from cluster.control.rebalancing import Rebalancing
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
 from cluster.control.shard_fleet import ShardDied, ShardPool, ShardRefused, ShardUnreachable
@@ -93,6 +94,7 @@ class ControlPlane:
             on_news=self._news.set,
             on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
+        self._rebalancing = Rebalancing(self._tier, num_cores=num_cores, clock=outside.clock)
         self._retired = asyncio.Event()
         self._retiring = False
         self._changing_tier = asyncio.Lock()
@@ -206,9 +208,14 @@ class ControlPlane:
             "load": [list(entry) for entry in self._ledger.totals()],
         }
 
+    @property
+    def rebalancing(self) -> Rebalancing:
+        return self._rebalancing
+
     async def run(self) -> None:
         """Looks at everybody until the service has been removed. Raises what keeps it from that."""
-        work = (self._keep_shards(), self._look_at_processes_for_ever(), self._watch_app(), self._retired.wait())
+        keeping = (self._keep_shards(), self._rebalancing.repeat_for_ever())
+        work = (*keeping, self._look_at_processes_for_ever(), self._watch_app(), self._retired.wait())
         tasks = [asyncio.create_task(each) for each in work]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -249,6 +256,7 @@ class ControlPlane:
                 raise ValueError(f"the service runs with other values of {names}: delete the application first")
             logger.info("configured anew (%s): the shards are replaced", names)
             await self._tier.replace(wanted)
+            self._rebalancing.begin_anew()
 
     def _members(self, kind: MemberKind) -> tuple[Member, ...]:
         return self._membership.of_kind(kind, self._now())
@@ -267,6 +275,7 @@ class ControlPlane:
         self._processes.pop(member_id, None)
         self._ledger.close(member_id)
         self._reports.close(member_id)
+        self._rebalancing.forget(ShardId(member_id))
         self._end_lease(member_id)
 
     def _end_lease(self, member_id: MemberId) -> None:
@@ -348,6 +357,7 @@ class ControlPlane:
         seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
         if self._membership.report(seen, self._now()):
             self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
+            self._rebalancing.note(shard_id, report)
 
     async def _look_at_process(self, member_id: MemberId, process: Any) -> None:
         if await self._outside.probe.has_died(process):

@@ -70,6 +70,12 @@ class Controller:
     async def get_view(self) -> dict[str, Any]:
         return (await self._plane).view()
 
+    async def rebalance(self, dry_run: bool) -> dict[str, Any]:
+        return await (await self._plane).rebalancing.rebalance(dry_run=dry_run)
+
+    async def get_rebalance(self, rebalance_id: str) -> dict[str, Any] | None:
+        return (await self._plane).rebalancing.progress(rebalance_id)
+
     async def retire(self) -> None:
         """Returns once shards and groups are gone; the actor ends right after."""
         await (await self._plane).retire()

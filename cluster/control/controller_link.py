@@ -124,6 +124,20 @@ class ControllerLink:
             answer: dict[str, Any] = await self._controller.scale_shards.remote(num_shards)
         return answer
 
+    async def rebalance(self, timeout_s: float, *, dry_run: bool) -> dict[str, Any]:
+        """See Rebalancing.rebalance. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            outcome: dict[str, Any] = await self._controller.rebalance.remote(dry_run)
+        return outcome
+
+    async def get_rebalance(self, timeout_s: float, *, rebalance_id: str) -> dict[str, Any] | None:
+        """See Rebalancing.progress. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            progress: dict[str, Any] | None = await self._controller.get_rebalance.remote(rebalance_id)
+        return progress
+
     def leave(self, member: Member) -> None:
         """The member ends as it should. Does not wait."""
         if self._reporter is not None:

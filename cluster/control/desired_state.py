@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from cluster.metrics.snapshot import Snapshot
+from experts.placement import ExpertPlacement, ShardId, Slot
 
 NUM_SECRET_BYTES = 32
 
@@ -94,3 +95,10 @@ def encode_state(state: DesiredState) -> bytes:
 def decode_state(data: bytes) -> DesiredState:
     """Raises msgspec.ValidationError for what another version has written."""
     return msgspec.msgpack.decode(data, type=DesiredState)
+
+
+def target_of(plain: Mapping[str, Any]) -> ExpertPlacement:
+    """From DesiredState.target."""
+    return ExpertPlacement(
+        slots_by_shard={ShardId(shard): tuple(Slot(*slot) for slot in slots) for shard, slots in plain.items()}
+    )

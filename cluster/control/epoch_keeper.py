@@ -10,20 +10,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from cluster.control.background_tasks import BackgroundTasks
 from cluster.control.backoff import Backoff
-from cluster.control.desired_state import Memory
-from cluster.control.epoch_plan import Abort, Action, Commit, Prepare, Remove, Replace, Retire, decide
+from cluster.control.desired_state import Memory, target_of
+from cluster.control.epoch_plan import (
+    Abort,
+    Action,
+    Commit,
+    EndMovement,
+    Prepare,
+    Remove,
+    Replace,
+    Retire,
+    decide,
+)
+from cluster.control.epoch_rest import is_same, unrest
 from cluster.control.epoch_view import LEASE_S, EpochView, Preparation
 from cluster.control.membership import MemberId, MemberState
-from cluster.control.reconcile import further_shards, lineage, successor
+from cluster.control.movement import Movement
+from cluster.control.movement_plan import watched
+from cluster.control.reconcile import further_shards
 from cluster.control.resize import check_count, resize
 from cluster.control.router_leases import RouterLeases
+from cluster.control.shard_acts import ShardActs
 from cluster.control.shard_fleet import ShardDied, ShardError, ShardPool, ShardReport
 from cluster.control.shard_records import ShardRecords
 from experts.epoch import Epoch
@@ -32,9 +46,12 @@ from experts.shard_spec import ShardSpec
 
 logger = logging.getLogger("arriero.controller")
 
-RETIRE_TIMEOUT_S = 10.0
 # An epoch for the links' sake alone: at most one in this time, for a link that breaks at once would ask for more.
 REJOIN_PAUSE_S = 5.0
+
+
+class UnrestError(RuntimeError):
+    """A change that could wait must wait; the message says for what."""
 
 
 class EpochKeeper:
@@ -48,27 +65,38 @@ class EpochKeeper:
         make_spec: Callable[[ShardId, tuple[Slot, ...]], ShardSpec],
         clock: Callable[[], float],
         timeout_s: float,
+        stall_s: float,
         suspect_after_s: float,
         on_news: Callable[[], None],
         on_death: Callable[[ShardId, str], None],
     ) -> None:
-        """timeout_s: for placing and loading. on_news: something has changed, so ``act`` should be called soon.
-        on_death hears of each shard that is lost, once, and why."""
+        """timeout_s: for placing and loading. stall_s: how long a movement may stand still. on_news: something has
+        changed, so ``act`` should be called soon. on_death hears of each shard that is lost, once, and why."""
         self._memory = memory
         self._pool = pool
-        self._make_spec = make_spec
         self._clock = clock
         self._timeout_s = timeout_s
+        self._stall_s = stall_s
         self._on_news = on_news
         self._on_death = on_death
         self._shards = ShardRecords(suspect_after_s=suspect_after_s)
         self._routers = RouterLeases()
         self._preparing: Preparation | None = None
+        self._movement: Movement | None = None
         self._preparations = Backoff()
-        self._starts: dict[str, Backoff] = {}
         self._began_s = clock()
         self._committed_s = float("-inf")
         self._tasks = BackgroundTasks(on_end=on_news)
+        self._acts = ShardActs(
+            memory=memory,
+            pool=pool,
+            make_spec=make_spec,
+            clock=clock,
+            timeout_s=timeout_s,
+            shards=self._shards,
+            tasks=self._tasks,
+            note_death=self.note_death,
+        )
         self._acting = asyncio.Lock()
         self._stopped = False
         self._take_over()
@@ -122,6 +150,17 @@ class EpochKeeper:
         """Whether the shard is to stay."""
         return shard_id in self._memory.state.target
 
+    def unrest(self) -> str | None:
+        """Why a movement cannot begin now; None when it can."""
+        if self._movement is not None and self._movement.is_open:
+            return f"{self._movement.movement_id} is under way"
+        return unrest(self._view())
+
+    @property
+    def movement(self) -> Movement | None:
+        """The last one that this controller has begun, under way or over."""
+        return self._movement
+
     # What is done about it
 
     async def scale(self, num_shards: int) -> tuple[ShardId, ...]:
@@ -143,12 +182,29 @@ class EpochKeeper:
         self._on_news()
         return tuple(wanted.slots_by_shard)
 
+    async def move(self, placements: Sequence[ExpertPlacement]) -> Movement:
+        """Begins to take up these placements one after the other, the first of which is in force; ``act`` goes on with
+        that. Raises UnrestError."""
+        async with self._acting:
+            reason = "the service is being removed" if self._stopped else self.unrest()
+            if reason is None and not is_same(self._view().placement, placements[0]):
+                reason = "the shards have changed meanwhile"
+            if reason is not None:
+                raise UnrestError(reason)
+            name = f"rebalance-{secrets.token_hex(3)}"
+            movement = Movement.begin(name, placements, stall_s=self._stall_s, now_s=self._clock())
+            logger.info("%s: %d stages", movement.movement_id, movement.num_stages)
+            self._movement = movement
+        self._on_news()
+        return movement
+
     async def act(self) -> None:
         """One round: decides, and begins or does what was decided."""
         async with self._acting:
             if self._stopped:
                 return
-            self._load_what_is_named()
+            self._acts.load_what_is_named()
+            self._movement = watched(self._view())
             for action in decide(self._view()):
                 await self._do(action)
 
@@ -186,82 +242,30 @@ class EpochKeeper:
             settled=now_s - self._began_s >= LEASE_S,
             may_prepare=self._preparations.is_over(now_s),
             may_rejoin=now_s - self._committed_s >= REJOIN_PAUSE_S,
+            movement=self._movement,
         )
 
     async def _do(self, action: Action) -> None:
         match action:
             case Replace(shard_id=shard_id):
-                await self._replace(shard_id)
-            case Prepare(placement=placement, is_repair=is_repair):
-                await self._prepare(placement, is_repair=is_repair)
+                await self._acts.replace(shard_id)
+            case Prepare():
+                await self._prepare(action)
             case Commit(number=number):
                 await self._commit(number)
             case Abort():
                 await self._abort(action)
             case Retire(shard_id=shard_id, number=number):
-                self._tasks.begin(("retire", shard_id, number), partial(self._retire, shard_id, number))
+                self._acts.begin_retiring(shard_id, number)
             case Remove(shard_id=shard_id):
-                self._tasks.begin(("remove", shard_id), partial(self._remove, shard_id))
-
-    # Shards
-
-    def _load_what_is_named(self) -> None:
-        """Shards that the memory names and that have not loaded; creating one that is there does nothing."""
-        target = target_of(self._memory.state.target).slots_by_shard
-        for shard_id in self._shards.loading():
-            if shard_id in target:
-                self._tasks.begin(("load", shard_id), partial(self._load, shard_id, target[shard_id]))
-
-    async def _load(self, shard_id: ShardId, slots: tuple[Slot, ...]) -> None:
-        backoff = self._starts.setdefault(lineage(shard_id), Backoff())
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._pool.create(self._make_spec(shard_id, slots))
-                address = await self._pool.address(shard_id)
-                report = await self._pool.report(shard_id)
-        except (ShardError, TimeoutError) as error:
-            reason = str(error) or f"it has not loaded within {self._timeout_s:g} s"
-            self.note_death(shard_id, reason, rests_until_s=backoff.fail(self._clock()))
-            return
-        logger.info("%s has loaded %d slots", shard_id, len(slots))
-        self._shards.note_up(shard_id, address)
-        self.note_report(shard_id, report)
-
-    async def _replace(self, dead: ShardId) -> None:
-        new = successor(dead, secrets.token_hex(3))
-        logger.warning("%s is replaced by %s", dead, new)
-        await self._memory.update(
-            lambda state: {
-                "target": {(new if shard == dead else shard): slots for shard, slots in state.target.items()},
-                "shard_ids": (*state.shard_ids, new),
-            }
-        )
-        self._shards.add(new)
-        self._load_what_is_named()
-
-    async def _remove(self, shard_id: ShardId) -> None:
-        await self._pool.remove(shard_id, drain_timeout_s=0.0)
-        await self._memory.update(
-            lambda state: {"shard_ids": tuple(name for name in state.shard_ids if name != shard_id)}
-        )
-        self._shards.drop(shard_id)
-        logger.info("%s is removed", shard_id)
-
-    async def _retire(self, shard_id: ShardId, number: int) -> None:
-        try:
-            async with asyncio.timeout(RETIRE_TIMEOUT_S):
-                await self._pool.retire(shard_id, self._memory.state.term, number)
-        except ShardDied as error:
-            self.note_death(shard_id, str(error))
-        except (ShardError, TimeoutError) as error:
-            logger.warning("%s does not retire epoch %d: %s", shard_id, number, error)
-        else:
-            self._shards.note_retired(shard_id, number)
+                self._acts.begin_removing(shard_id)
+            case EndMovement(failure=failure):
+                self._end_movement(failure)
 
     # Epochs
 
-    async def _prepare(self, placement: ExpertPlacement, *, is_repair: bool) -> None:
-        number = self._memory.state.last_epoch + 1
+    async def _prepare(self, action: Prepare) -> None:
+        number, placement = self._memory.state.last_epoch + 1, action.placement
         addresses = [self._shards.address_of(shard_id) for shard_id in placement.slots_by_shard]
         assert self._memory.state.epoch is not None
         epoch = Epoch(
@@ -271,8 +275,11 @@ class EpochKeeper:
             placement=placement,
         )
         await self._memory.change(preparing=epoch.to_dict(), last_epoch=number)
-        logger.info("epoch %d: preparing%s", number, ", to make good a loss" if is_repair else "")
-        self._preparing = Preparation(number=number, placement=placement, is_repair=is_repair)
+        why = ", to make good a loss" if action.is_repair else ", to balance" if action.is_move else ""
+        logger.info("epoch %d: preparing%s", number, why)
+        self._preparing = Preparation(
+            number=number, placement=placement, is_repair=action.is_repair, is_move=action.is_move
+        )
         for shard_id in placement.slots_by_shard:
             self._tasks.begin(("prepare", shard_id, number), partial(self._prepare_shard, shard_id, epoch))
 
@@ -295,31 +302,42 @@ class EpochKeeper:
 
     async def _commit(self, number: int) -> None:
         assert self._memory.state.preparing is not None
-        await self._memory.change(epoch=self._memory.state.preparing, preparing=None)
+        assert self._preparing is not None
+        # What moved is what should be from now on; until now nothing had changed, so giving up cost nothing.
+        moved = {"target": dict(self._preparing.placement.slots_by_shard)} if self._preparing.is_move else {}
+        await self._memory.change(epoch=self._memory.state.preparing, preparing=None, **moved)
+        if moved and self._movement is not None:
+            self._movement = self._movement.taken_up()
         self._preparing = None
         self._committed_s = self._clock()
         self._preparations.succeed()
-        for backoff in self._starts.values():
-            backoff.succeed()
+        self._acts.forgive()
         logger.info("epoch %d: in force", number)
         self._on_news()
 
     async def _abort(self, abort: Abort) -> None:
         assert self._preparing is not None
-        members, self._preparing = self._preparing.placement.slots_by_shard, None
+        members, is_move = self._preparing.placement.slots_by_shard, self._preparing.is_move
+        self._preparing = None
         logger.warning("epoch %d: given up: %s", abort.number, abort.reason)
+        if is_move:
+            self._end_movement(abort.reason)
         await self._memory.change(preparing=None)
         if not abort.try_again_now:
             self._preparations.fail(self._clock())
         for shard_id in members:
             # Also those that still load for it and do not serve it yet.
             if shard_id in self._shards.up():
-                self._tasks.begin(("retire", shard_id, abort.number), partial(self._retire, shard_id, abort.number))
+                self._acts.begin_retiring(shard_id, abort.number)
         self._on_news()
 
-
-def target_of(plain: Mapping[str, Any]) -> ExpertPlacement:
-    """From DesiredState.target."""
-    return ExpertPlacement(
-        slots_by_shard={ShardId(shard): tuple(Slot(*slot) for slot in slots) for shard, slots in plain.items()}
-    )
+    def _end_movement(self, failure: str | None) -> None:
+        assert self._movement is not None
+        self._movement = self._movement.ended(failure)
+        name, num_stages = self._movement.movement_id, self._movement.num_stages
+        if failure is None:
+            logger.info("%s: done, %d stages", name, num_stages)
+        else:
+            logger.warning(
+                "%s: given up after %d of %d stages: %s", name, self._movement.num_taken_up, num_stages, failure
+            )

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cluster.control.epoch_rest import is_same, last_change_goes_on
 from cluster.control.epoch_view import EpochView, Preparation
 from cluster.control.membership import MemberState
+from cluster.control.movement_plan import has_come_about, next_stage, reason_to_give_up
 from cluster.control.next_placement import next_placement
 from experts.placement import ExpertPlacement, ShardId
 
@@ -27,10 +29,12 @@ class Replace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare:
-    """Have the shards of this placement load what they lack and serve it under a new number."""
+    """Have the shards of this placement load what they lack and serve it under a new number. is_move: a stage of the
+    movement, which becomes the target when it comes into force."""
 
     placement: ExpertPlacement
     is_repair: bool
+    is_move: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +68,25 @@ class Remove:
     shard_id: ShardId
 
 
-Action = Replace | Prepare | Commit | Abort | Retire | Remove
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndMovement:
+    """The movement has come about, or does not go on for this reason."""
+
+    failure: str | None
+
+
+Action = Replace | Prepare | Commit | Abort | Retire | Remove | EndMovement
 
 
 def decide(view: EpochView) -> tuple[Action, ...]:
     """Everything that can be done now; the same view gives the same answer. Repeating an action does no harm."""
-    return (*_replacements(view), *_of_preparation(view), *_retirements(view), *_removals(view))
+    return (
+        *_replacements(view),
+        *_of_preparation(view),
+        *_end_of_movement(view),
+        *_retirements(view),
+        *_removals(view),
+    )
 
 
 def _replacements(view: EpochView) -> Iterator[Action]:
@@ -90,28 +107,26 @@ def _of_preparation(view: EpochView) -> Iterator[Action]:
 
 
 def _next_epoch(view: EpochView) -> Iterator[Action]:
-    if not view.may_prepare or _last_change_goes_on(view):
+    if not view.may_prepare or last_change_goes_on(view):
         return
     placement = next_placement(view)
     if placement is None:
         return
-    if not _is_same(placement, view.placement):
+    if not is_same(placement, view.placement):
         yield Prepare(placement=placement, is_repair=_has_lost(view))
     elif view.may_rejoin and _wants_to_rejoin(view):
         yield Prepare(placement=placement, is_repair=True)
+    elif (stage := next_stage(view)) is not None:
+        yield Prepare(placement=stage, is_repair=False, is_move=True)
 
 
-def _is_same(one: ExpertPlacement, other: ExpertPlacement) -> bool:
-    def contents(placement: ExpertPlacement) -> dict[ShardId, frozenset[object]]:
-        return {shard: frozenset(slots) for shard, slots in placement.slots_by_shard.items()}
-
-    return contents(one) == contents(other)
-
-
-def _last_change_goes_on(view: EpochView) -> bool:
-    """A shard serves another epoch than the one in force, or a router has not come over to it."""
-    served = (shard.epochs for shard in view.shards.values() if shard.state is MemberState.READY)
-    return any(epochs - {view.number} for epochs in served) or bool(view.epochs_in_use - {view.number})
+def _end_of_movement(view: EpochView) -> Iterator[Action]:
+    """With a stage in preparation its abort is the end."""
+    if view.preparing is not None and view.preparing.is_move:
+        return
+    failure = reason_to_give_up(view)
+    if failure is not None or has_come_about(view):
+        yield EndMovement(failure=failure)
 
 
 def _has_lost(view: EpochView) -> bool:
@@ -139,6 +154,8 @@ def _abort(view: EpochView, preparing: Preparation) -> Abort | None:
     number = preparing.number
     if preparing.failure is not None:
         return Abort(number=number, reason=preparing.failure, try_again_now=False)
+    if preparing.is_move and (reason := reason_to_give_up(view)) is not None:
+        return Abort(number=number, reason=reason, try_again_now=True)
     for shard_id in _needed(view, preparing):
         if view.state(shard_id) is MemberState.DEAD:
             return Abort(number=number, reason=f"{shard_id} died", try_again_now=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.control.membership import MemberId, MemberState
+from cluster.control.movement import Movement
 from experts.placement import ExpertPlacement, ShardId
 
 LEASE_S = 3.0
@@ -16,13 +17,15 @@ LEASE_S = 3.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardView:
     """epochs: those it serves. num_free_slots: how many more fit into memory_pool, which shards may share.
-    seen_s: when it last answered. rests: it was lost before it had ever served, and is not replaced just yet."""
+    seen_s: when it last answered. num_loaded: slots it was given since it started. rests: it was lost before it had
+    ever served, and is not replaced just yet."""
 
     state: MemberState
     epochs: frozenset[int] = frozenset()
     memory_pool: str = ""
     num_free_slots: int = 0
     seen_s: float = 0.0
+    num_loaded: int = 0
     rests: bool = False
 
 
@@ -42,11 +45,13 @@ class RouterView:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preparation:
     """An epoch that nobody uses yet. is_repair: it makes good a loss, so it is not given up for a router that cannot
-    reach one of its shards. ready: shards that serve it. failure: why it must be given up."""
+    reach one of its shards. is_move: a stage of the movement. ready: shards that serve it. failure: why it must be
+    given up."""
 
     number: int
     placement: ExpertPlacement
     is_repair: bool
+    is_move: bool = False
     ready: frozenset[ShardId] = frozenset()
     failure: str | None = None
 
@@ -55,7 +60,8 @@ class Preparation:
 class EpochView:
     """target: what each desired shard should hold once all is well. settled: this controller has been there for a
     lease, so every router that lives has told it which epoch it uses. may_prepare: the last attempts did not fail
-    just now. may_rejoin: the last epoch is old enough to make another one for the links' sake alone."""
+    just now. may_rejoin: the last epoch is old enough to make another one for the links' sake alone. movement: the
+    last rebalance, under way or over."""
 
     now_s: float
     number: int
@@ -67,6 +73,7 @@ class EpochView:
     settled: bool = True
     may_prepare: bool = True
     may_rejoin: bool = True
+    movement: Movement | None = None
 
     def state(self, shard_id: ShardId) -> MemberState:
         """A shard that is not known has ended, or was never made."""

@@ -158,6 +158,7 @@ class ExpertTier:
             make_spec=make_spec,
             clock=self._clock,
             timeout_s=self.config.start_timeout_s,
+            stall_s=self.config.rebalance_stall_s,
             suspect_after_s=self._suspect_after_s,
             on_news=self._on_news,
             on_death=self._on_death,

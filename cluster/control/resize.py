@@ -13,9 +13,9 @@ from experts.placement import ExpertPlacement, ShardId, Slot
 
 
 def check_count(current: ExpertPlacement, num_shards: int) -> None:
-    """Raises ValueError for fewer shards than a slot has copies, or more than there are slots to hold."""
+    """Raises ValueError for fewer shards than every slot has copies, or more than there are slots to hold."""
     num_copies = [len(current.shards_of(slot)) for slot in current.slots]
-    least, most = max(num_copies, default=1), sum(num_copies)
+    least, most = min(num_copies, default=1), sum(num_copies)
     if not least <= num_shards <= most:
         raise ValueError(
             f"shards must be between {least}, the copies of an expert, and {most}, the slots there are to hold, "
@@ -24,12 +24,13 @@ def check_count(current: ExpertPlacement, num_shards: int) -> None:
 
 
 def resize(current: ExpertPlacement, shard_ids: Sequence[ShardId]) -> ExpertPlacement:
-    """As many copies of each slot as now, on these shards and no others. Copies lie on different shards.
+    """As many copies of each slot as now, on these shards and no others. Copies lie on different shards, so of slots
+    that a rebalance has given more copies than there will be shards, the rest goes.
 
     Raises ValueError as check_count does.
     """
     check_count(current, len(shard_ids))
-    slots = [slot for slot in current.slots for _ in current.shards_of(slot)]
+    slots = [slot for slot in current.slots for _ in current.shards_of(slot)[: len(shard_ids)]]
     held = {shard_id: set(current.slots_by_shard.get(shard_id, ())) for shard_id in shard_ids}
     homeless = Counter(slots) - Counter(slot for kept in held.values() for slot in kept)
     for slot in sorted(homeless.elements()):

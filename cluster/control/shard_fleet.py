@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from cluster.control.reconcile import plan_shards
+from cluster.control.shard_work import ShardWork
 from cluster.metrics.snapshot import Snapshot
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId
@@ -41,7 +42,7 @@ class StartError(RuntimeError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
     """What a shard says of itself. load: (layer, expert, tokens) since it started. num_free_slots fit into
-    memory_pool, which it may share with others."""
+    memory_pool, which it may share with others. num_loaded: slots that it was given since it started."""
 
     pid: int
     node_id: str
@@ -49,6 +50,8 @@ class ShardReport:
     epochs: frozenset[int]
     memory_pool: str
     num_free_slots: int
+    num_loaded: int
+    work: ShardWork
     metrics: Snapshot = field(default_factory=Snapshot)
 
 

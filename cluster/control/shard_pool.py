@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.control.shard_fleet import ShardDied, ShardError, ShardRefused, ShardReport, ShardUnreachable
+from cluster.control.shard_work import ShardWork
 from cluster.metrics.member_snapshots import shard_snapshot
 from experts.actor import ExpertShardActor
 from experts.epoch import Epoch, ShardAddress
@@ -82,6 +83,8 @@ class RayShardPool:
             epochs=frozenset(stats["epochs"]),
             memory_pool=stats["memory_pool"],
             num_free_slots=stats["num_free_slots"],
+            num_loaded=stats["num_loaded"],
+            work=ShardWork.from_stats(stats),
             metrics=metrics,
         )
 

@@ -19,6 +19,7 @@ class _Record:
     epochs: frozenset[int] = frozenset()
     memory_pool: str = ""
     num_free_slots: int = 0
+    num_loaded: int = 0
     seen_s: float | None = None
     has_ended: bool = False
     rests_until_s: float = 0.0
@@ -60,6 +61,7 @@ class ShardRecords:
         if (record := self._living(shard_id)) is not None:
             record.epochs = report.epochs
             record.memory_pool, record.num_free_slots = report.memory_pool, report.num_free_slots
+            record.num_loaded = report.num_loaded
             record.seen_s = now_s
 
     def note_serves(self, shard_id: ShardId, number: int) -> None:
@@ -92,6 +94,7 @@ class ShardRecords:
             memory_pool=record.memory_pool,
             num_free_slots=record.num_free_slots,
             seen_s=record.seen_s or 0.0,
+            num_loaded=record.num_loaded,
             rests=now_s < record.rests_until_s,
         )
 

@@ -44,6 +44,7 @@ from cluster.front.open_requests import OpenRequests
 from cluster.front.openai.api import OpenAiApi
 from cluster.front.openai.planning import Planner
 from cluster.front.openai.served_model import ServedModel
+from cluster.front.rebalance_codec import progress_response, rebalance_response
 from cluster.front.relay import RelayLimits
 from cluster.front.serve_routers import ServeRouters
 from cluster.front.token_listener import TokenListener
@@ -66,6 +67,7 @@ VIEW_TIMEOUT_S = 0.8
 METRICS_TIMEOUT_S = 5.0
 TICK_S = 1.0
 CONTROLLER_SILENT = "the controller does not answer: try again"
+REBALANCE_TIMEOUT_S = 60.0
 HEALTH_SERVICES = frozenset({"", "arriero.v1.GenerationService", "arriero.v1.AdminService"})
 
 
@@ -181,10 +183,8 @@ class Gateway:
     async def GetView(self, request: admin_pb2.GetViewRequest, grpc_context: Any) -> admin_pb2.GetViewResponse:
         with _errors_told(grpc_context):
             self._check_admin(grpc_context)
-            try:
+            with _controller_heard():
                 return view_response(await self._link.get_view(VIEW_TIMEOUT_S))
-            except (RayError, TimeoutError):
-                raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
 
     async def ListRequests(
         self, request: admin_pb2.ListRequestsRequest, grpc_context: Any
@@ -192,17 +192,13 @@ class Gateway:
         with _errors_told(grpc_context):
             self._check_admin(grpc_context)
             at_most = _understood(max_requests_of, request)
-            try:
+            with _controller_heard():
                 return requests_response(await self._link.get_open_choices(VIEW_TIMEOUT_S, at_most=at_most))
-            except (RayError, TimeoutError):
-                raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
 
     async def metrics(self) -> bytes:
         """Of the whole service, in Prometheus's text format. Raises ServiceError."""
-        try:
+        with _controller_heard():
             numbers = await self._link.get_numbers(METRICS_TIMEOUT_S)
-        except (RayError, TimeoutError):
-            raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
         if numbers is None:
             raise ServiceError(StatusCode.UNAVAILABLE, "the controller has come back and gathers reports: try again")
         return expose(merge(numbers), model_name=self._model.name)
@@ -212,13 +208,32 @@ class Gateway:
     ) -> admin_pb2.ScaleShardsResponse:
         with _errors_told(grpc_context):
             self._check_admin(grpc_context)
-            try:
+            with _controller_heard():
                 answer = await self._link.scale_shards(request.num_shards, VIEW_TIMEOUT_S)
-            except (RayError, TimeoutError):
-                raise ServiceError(StatusCode.UNAVAILABLE, "the controller does not answer: try again") from None
             if "refusal" in answer:
                 raise ServiceError(StatusCode.INVALID_ARGUMENT, answer["refusal"])
             return admin_pb2.ScaleShardsResponse(shard_ids=answer["shard_ids"])
+
+    async def Rebalance(self, request: admin_pb2.RebalanceRequest, grpc_context: Any) -> admin_pb2.RebalanceResponse:
+        with _errors_told(grpc_context):
+            self._check_admin(grpc_context)
+            with _controller_heard():
+                answer = await self._link.rebalance(REBALANCE_TIMEOUT_S, dry_run=request.dry_run)
+            if answer["refusal"] is not None and not request.dry_run:
+                message = "{reason}: {sentence}".format(**answer["refusal"])
+                raise ServiceError(StatusCode.FAILED_PRECONDITION, message)
+            return rebalance_response(answer)
+
+    async def GetRebalance(
+        self, request: admin_pb2.GetRebalanceRequest, grpc_context: Any
+    ) -> admin_pb2.GetRebalanceResponse:
+        with _errors_told(grpc_context):
+            self._check_admin(grpc_context)
+            with _controller_heard():
+                progress = await self._link.get_rebalance(VIEW_TIMEOUT_S, rebalance_id=request.rebalance_id)
+            if progress is None:
+                raise ServiceError(StatusCode.NOT_FOUND, f"rebalance_id: no {request.rebalance_id!r} is known")
+            return progress_response(progress)
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
         with _errors_told(grpc_context):
@@ -272,6 +287,15 @@ def _understood(read: Any, request: Any) -> Any:
         return read(request)
     except ValueError as error:
         raise ServiceError(StatusCode.INVALID_ARGUMENT, str(error)) from None
+
+
+@contextmanager
+def _controller_heard() -> Iterator[None]:
+    """Serving goes on without the controller, and what only it can tell comes later."""
+    try:
+        yield
+    except (RayError, TimeoutError):
+        raise ServiceError(StatusCode.UNAVAILABLE, CONTROLLER_SILENT) from None
 
 
 @contextmanager

@@ -327,3 +327,297 @@ class OpenRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenRequest: _TypeAlias = OpenRequest  # noqa: Y015
+
+@_typing.final
+class RebalanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Only says what would be done."""
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceRequest: _TypeAlias = RebalanceRequest  # noqa: Y015
+
+@_typing.final
+class GetRebalanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REBALANCE_ID_FIELD_NUMBER: _builtins.int
+    rebalance_id: _builtins.str
+    """Empty: the last one."""
+    def __init__(
+        self,
+        *,
+        rebalance_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rebalance_id", b"rebalance_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRebalanceRequest: _TypeAlias = GetRebalanceRequest  # noqa: Y015
+
+@_typing.final
+class GetRebalanceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REBALANCE_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_STAGES_FIELD_NUMBER: _builtins.int
+    NUM_STAGES_DONE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    rebalance_id: _builtins.str
+    state: _builtins.str
+    """"moving", "done" or "given_up"."""
+    num_stages: _builtins.int
+    num_stages_done: _builtins.int
+    """Those that have come into force. They stay when the rest is given up."""
+    reason: _builtins.str
+    """With "given_up": why."""
+    epoch: _builtins.int
+    """The epoch in force."""
+    def __init__(
+        self,
+        *,
+        rebalance_id: _builtins.str = ...,
+        state: _builtins.str = ...,
+        num_stages: _builtins.int = ...,
+        num_stages_done: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "num_stages", b"num_stages", "num_stages_done", b"num_stages_done", "reason", b"reason", "rebalance_id", b"rebalance_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRebalanceResponse: _TypeAlias = GetRebalanceResponse  # noqa: Y015
+
+@_typing.final
+class RebalanceResponse(_message.Message):
+    """`arriero rebalance --json` prints these fields under these names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    BYTES_LOADED_FIELD_NUMBER: _builtins.int
+    SPAN_S_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    REBALANCE_ID_FIELD_NUMBER: _builtins.int
+    bytes_loaded: _builtins.int
+    span_s: _builtins.float
+    """The traffic that this is about was seen in this time."""
+    rebalance_id: _builtins.str
+    """For GetRebalance; empty with dry_run."""
+    @_builtins.property
+    def refusal(self) -> Global___RebalanceRefusal:
+        """Set when nothing is to be changed; with dry_run only."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___RebalanceStage]:
+        """One after the other; each is an epoch of its own."""
+
+    @_builtins.property
+    def before(self) -> Global___BusyPrediction:
+        """How busy the shards would be with the same traffic, as things are and after all stages. Unset while too little
+        is known.
+        """
+
+    @_builtins.property
+    def after(self) -> Global___BusyPrediction: ...
+    def __init__(
+        self,
+        *,
+        refusal: Global___RebalanceRefusal | None = ...,
+        stages: _abc.Iterable[Global___RebalanceStage] | None = ...,
+        bytes_loaded: _builtins.int = ...,
+        span_s: _builtins.float = ...,
+        before: Global___BusyPrediction | None = ...,
+        after: Global___BusyPrediction | None = ...,
+        rebalance_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "refusal", b"refusal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "bytes_loaded", b"bytes_loaded", "rebalance_id", b"rebalance_id", "refusal", b"refusal", "span_s", b"span_s", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceResponse: _TypeAlias = RebalanceResponse  # noqa: Y015
+
+@_typing.final
+class RebalanceRefusal(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    MISSING_BYTES_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """"little_traffic", "even", "no_room", "nothing_helps", "does_not_pay" or "not_ready"."""
+    sentence: _builtins.str
+    """For people."""
+    missing_bytes: _builtins.int
+    """With "no_room": how much more memory for weights is needed."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        sentence: _builtins.str = ...,
+        missing_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing_bytes", b"missing_bytes", "reason", b"reason", "sentence", b"sentence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceRefusal: _TypeAlias = RebalanceRefusal  # noqa: Y015
+
+@_typing.final
+class RebalanceStage(_message.Message):
+    """First everything is loaded, then the new placement is taken into use, then what it does not need is dropped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDITIONS_FIELD_NUMBER: _builtins.int
+    REMOVALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def additions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacedSlot]: ...
+    @_builtins.property
+    def removals(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacedSlot]: ...
+    def __init__(
+        self,
+        *,
+        additions: _abc.Iterable[Global___PlacedSlot] | None = ...,
+        removals: _abc.Iterable[Global___PlacedSlot] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["additions", b"additions", "removals", b"removals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceStage: _TypeAlias = RebalanceStage  # noqa: Y015
+
+@_typing.final
+class PlacedSlot(_message.Message):
+    """A copy of a slot on a shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    @_builtins.property
+    def slot(self) -> Global___Slot: ...
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        slot: Global___Slot | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["slot", b"slot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_id", b"shard_id", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacedSlot: _TypeAlias = PlacedSlot  # noqa: Y015
+
+@_typing.final
+class BusyPrediction(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMBALANCE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    imbalance: _builtins.float
+    """How much longer a router waits for the busiest shard of each layer than if all were equally busy: 0 is even."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerImbalance]: ...
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardBusy]: ...
+    def __init__(
+        self,
+        *,
+        imbalance: _builtins.float = ...,
+        layers: _abc.Iterable[Global___LayerImbalance] | None = ...,
+        shards: _abc.Iterable[Global___ShardBusy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imbalance", b"imbalance", "layers", b"layers", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BusyPrediction: _TypeAlias = BusyPrediction  # noqa: Y015
+
+@_typing.final
+class LayerImbalance(_message.Message):
+    """(max - mean) / mean of the time that shards are busy with this layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    IMBALANCE_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    imbalance: _builtins.float
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        imbalance: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imbalance", b"imbalance", "layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerImbalance: _TypeAlias = LayerImbalance  # noqa: Y015
+
+@_typing.final
+class ShardBusy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: _builtins.int
+    BUSY_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    MEASURED_BUSY_FIELD_NUMBER: _builtins.int
+    shard_id: _builtins.str
+    busy: _builtins.float
+    """The part of the time that it would be busy, by the model."""
+    num_slots: _builtins.int
+    measured_busy: _builtins.float
+    """The part of the time that it was busy, by its own clock; in `before` only."""
+    def __init__(
+        self,
+        *,
+        shard_id: _builtins.str = ...,
+        busy: _builtins.float = ...,
+        num_slots: _builtins.int = ...,
+        measured_busy: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_measured_busy", b"_measured_busy", "measured_busy", b"measured_busy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_measured_busy", b"_measured_busy", "busy", b"busy", "measured_busy", b"measured_busy", "num_slots", b"num_slots", "shard_id", b"shard_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__measured_busy: _TypeAlias = _typing.Literal["measured_busy"]  # noqa: Y015
+    _WhichOneofArgType__measured_busy: _TypeAlias = _typing.Literal["_measured_busy", b"_measured_busy"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__measured_busy) -> _WhichOneofReturnType__measured_busy | None: ...
+
+Global___ShardBusy: _TypeAlias = ShardBusy  # noqa: Y015

@@ -49,6 +49,16 @@ class AdminServiceStub(object):
                 request_serializer=cluster_dot_v1_dot_admin__pb2.ScaleShardsRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_admin__pb2.ScaleShardsResponse.FromString,
                 _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/arriero.v1.AdminService/Rebalance',
+                request_serializer=cluster_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
+        self.GetRebalance = channel.unary_unary(
+                '/arriero.v1.AdminService/GetRebalance',
+                request_serializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -78,6 +88,23 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebalance(self, request, context):
+        """Moves experts, or gives them more copies, by what was asked of them in the last minutes. Answers once that has begun;
+        GetRebalance tells how it comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when nothing is
+        moved: too little is known of the load, the gain is below the cost, or another change is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRebalance(self, request, context):
+        """NOT_FOUND for what the controller does not know (any more): one that was begun by a controller that has gone
+        since, or is not the last one. What that had not yet taken into use has been given up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +122,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ScaleShards,
                     request_deserializer=cluster_dot_v1_dot_admin__pb2.ScaleShardsRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_admin__pb2.ScaleShardsResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=cluster_dot_v1_dot_admin__pb2.RebalanceRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_admin__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'GetRebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRebalance,
+                    request_deserializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +215,60 @@ class AdminService(object):
             '/arriero.v1.AdminService/ScaleShards',
             cluster_dot_v1_dot_admin__pb2.ScaleShardsRequest.SerializeToString,
             cluster_dot_v1_dot_admin__pb2.ScaleShardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.AdminService/Rebalance',
+            cluster_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+            cluster_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.AdminService/GetRebalance',
+            cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.SerializeToString,
+            cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,15 @@ class AdminServiceStub:
     GetView shows the shards of the answer ready, with slots, and no others alive. INVALID_ARGUMENT for a number below
     the copies of an expert or above the slots there are to hold.
     """
+    Rebalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.RebalanceResponse]
+    """Moves experts, or gives them more copies, by what was asked of them in the last minutes. Answers once that has begun;
+    GetRebalance tells how it comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when nothing is
+    moved: too little is known of the load, the gain is below the cost, or another change is under way.
+    """
+    GetRebalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetRebalanceRequest, _admin_pb2.GetRebalanceResponse]
+    """NOT_FOUND for what the controller does not know (any more): one that was begun by a controller that has gone
+    since, or is not the last one. What that had not yet taken into use has been given up.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -60,6 +69,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Changes the number of expert shards while they serve. Answers once that is remembered; it has come about when
     GetView shows the shards of the answer ready, with slots, and no others alive. INVALID_ARGUMENT for a number below
     the copies of an expert or above the slots there are to hold.
+    """
+    Rebalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.RebalanceRequest, _admin_pb2.RebalanceResponse]  # type: ignore[assignment]
+    """Moves experts, or gives them more copies, by what was asked of them in the last minutes. Answers once that has begun;
+    GetRebalance tells how it comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when nothing is
+    moved: too little is known of the load, the gain is below the cost, or another change is under way.
+    """
+    GetRebalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetRebalanceRequest, _admin_pb2.GetRebalanceResponse]  # type: ignore[assignment]
+    """NOT_FOUND for what the controller does not know (any more): one that was begun by a controller that has gone
+    since, or is not the last one. What that had not yet taken into use has been given up.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -90,6 +108,27 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Changes the number of expert shards while they serve. Answers once that is remembered; it has come about when
         GetView shows the shards of the answer ready, with slots, and no others alive. INVALID_ARGUMENT for a number below
         the copies of an expert or above the slots there are to hold.
+        """
+
+    @_abc_1.abstractmethod
+    def Rebalance(
+        self,
+        request: _admin_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RebalanceResponse, _abc.Awaitable[_admin_pb2.RebalanceResponse]]:
+        """Moves experts, or gives them more copies, by what was asked of them in the last minutes. Answers once that has begun;
+        GetRebalance tells how it comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when nothing is
+        moved: too little is known of the load, the gain is below the cost, or another change is under way.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRebalance(
+        self,
+        request: _admin_pb2.GetRebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetRebalanceResponse, _abc.Awaitable[_admin_pb2.GetRebalanceResponse]]:
+        """NOT_FOUND for what the controller does not know (any more): one that was begun by a controller that has gone
+        since, or is not the last one. What that had not yet taken into use has been given up.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -80,6 +80,21 @@ def test_rows_of_a_killed_shard_come_from_a_copy_with_the_same_bits(processes: C
         assert torch.equal(run(lane, rows), run(fleet.oracle, rows))
 
 
+def test_parts_of_an_expert_come_from_its_other_copies_with_the_same_bits(processes: Callable[..., Fleet]) -> None:
+    fleet = processes(3, copies=2)
+    lane = fleet.dispatcher()
+    rows = random_rows(800, top_k=2, skewed=True)
+    handle = lane.dispatch(LAYER, rows.x_TD, rows.ids_TK, rows.scores_TK)
+    experts = [span.expert for span in handle.plan.spans]  # type: ignore[attr-defined]
+    assert experts.count(0) == 2, "its rows are split"
+    assert torch.equal(lane.combine(handle).y_TD, run(fleet.oracle, rows))
+    lane.begin_step(1)
+    combined = kill_in_mid_exchange(fleet, lane, rows)
+    assert combined.missing_T is None
+    assert torch.equal(combined.y_TD, run(fleet.oracle, rows))
+    assert list(lane.lost) == [VICTIM]
+
+
 def test_without_a_copy_exactly_the_tokens_of_the_killed_shard_are_missing(processes: Callable[..., Fleet]) -> None:
     fleet = processes(3, copies=1)
     lane = fleet.dispatcher()

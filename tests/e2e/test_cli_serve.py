@@ -123,6 +123,21 @@ def test_status_prints_a_table(service: ServeProcess) -> None:
     assert re.search(r"^shard +shard-0\S* +\d+ +\w+ +ready +16 +\d+$", text, re.MULTILINE), text
 
 
+def test_rebalance_shows_what_it_would_do_and_does_nothing(service: ServeProcess) -> None:
+    before = json.loads(arriero(service, "status", "--json").stdout)["shards"]
+    result = arriero(service, "rebalance", "--dry-run", "--json")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    # A handful of requests says nothing about the load.
+    assert answer["refusal"]["reason"] == "little_traffic"
+    assert [shard["num_slots"] for shard in answer["before"]["shards"]] == [16, 16]
+    assert "nothing to do (little_traffic): " in arriero(service, "rebalance", "--dry-run").stdout
+    refused = arriero(service, "rebalance")
+    assert refused.returncode == 2
+    assert "FAILED_PRECONDITION: little_traffic: " in refused.stderr
+    assert json.loads(arriero(service, "status", "--json").stdout)["shards"] == before
+
+
 def test_the_admin_token_is_needed_and_private(service: ServeProcess) -> None:
     (record,) = (service.state_home / "arriero").glob("*.json")
     assert stat.S_IMODE(record.stat().st_mode) == 0o600

@@ -10,6 +10,7 @@ import ray
 import torch
 from safetensors.torch import save_file
 
+from cluster.control.shard_work import ShardWork
 from experts.actor import ExpertShardActor
 from experts.checkpoint import Checkpoint
 from experts.dispatch import LocalDispatcher
@@ -84,6 +85,11 @@ def test_shard_actors_load_serve_count_and_drain(model: Path) -> None:
     assert sorted(tuple(slot) for one in stats for slot in one["slots"]) == list(placement.slots)
     assert sum(rows for one in stats for _layer, _expert, rows in one["load"]) == 2 * 20 * 2
     assert [one["epochs"] for one in stats] == [[4]] * 3
+    work = [ShardWork.from_stats(one) for one in stats]
+    assert sum(traffic.rows for one in work for traffic in one.by_slot.values()) == 2 * 20 * 2
+    activated = len(LAYERS) * len(set(ids_TK.flatten().tolist()))
+    assert sum(traffic.activations for one in work for traffic in one.by_slot.values()) == activated
+    assert all(one.speed is not None and one.busy_s > 0 for one in work)
 
     ray.get([actor.drain.remote() for actor in actors], timeout=10)
     assert ray.get([actor.wait_closed.remote(10.0) for actor in actors], timeout=20) == [True] * 3

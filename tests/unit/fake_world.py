@@ -7,14 +7,17 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.balance.expert_traffic import SlotTraffic
 from cluster.config import ServiceConfig
 from cluster.control.control_plane import ControlPlane, Outside
 from cluster.control.desired_state import DesiredState, decode_state, encode_state
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.control.shard_fleet import ShardDied, ShardRefused, ShardReport
+from cluster.control.shard_work import ShardWork
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId, Slot
 from experts.shard_spec import ShardSpec
+from experts.shard_speed import ShardSpeed
 
 MODEL = {
     "model_type": "llama4_text",
@@ -45,7 +48,8 @@ class FakeStore:
 
 @dataclass
 class FakeShard:
-    """is_silent: a frozen process. may_prepare: cleared, it takes its time. error: what it says to prepare."""
+    """is_silent: a frozen process. may_prepare: cleared, it takes its time. error: what it says to prepare. num_loaded:
+    how far it says that it is."""
 
     spec: ShardSpec
     epochs: list[int] = field(default_factory=list)
@@ -54,6 +58,7 @@ class FakeShard:
     is_silent: bool = False
     may_prepare: asyncio.Event = field(default_factory=asyncio.Event)
     error: str | None = None
+    num_loaded: int = 0
     heard: list[str] = field(default_factory=list)
 
 
@@ -109,6 +114,12 @@ class FakePool:
             epochs=frozenset(shard.epochs),
             memory_pool="n",
             num_free_slots=self.num_free_slots,
+            num_loaded=shard.num_loaded,
+            work=ShardWork(
+                by_slot={Slot(layer, expert): SlotTraffic(rows, rows // 200) for layer, expert, rows in shard.load},
+                busy_s=0.0,
+                speed=ShardSpeed(bytes_per_s=1e9, flops_per_s=1e10),
+            ),
         )
 
     async def remove(self, shard_id: ShardId, *, drain_timeout_s: float) -> None:

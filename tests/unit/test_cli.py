@@ -104,6 +104,7 @@ def test_help_shows_every_key_with_its_default(capsys: pytest.CaptureFixture[str
         (["--help"], ["ray", "torch", "grpc", "pydantic"]),
         (["status", "--address", "127.0.0.1:1"], ["ray", "torch", "transformers", "pydantic"]),
         (["chat", "--help"], ["ray", "torch", "transformers", "pydantic"]),
+        (["rebalance", "--address", "127.0.0.1:1"], ["ray", "torch", "transformers", "pydantic"]),
         (["serve", "--help"], ["ray", "torch", "transformers", "grpc"]),
         (["checkpoint", "create", "--help"], ["ray", "torch", "transformers"]),
         (["generate", "--help"], ["ray", "torch", "transformers"]),

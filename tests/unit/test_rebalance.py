@@ -160,21 +160,25 @@ def test_a_shard_twice_as_fast_gets_twice_the_work() -> None:
     assert [len(plan.placement.slots_of(shard)) for shard in (A, B)] == [2, 4]
 
 
-def test_copies_of_an_expert_lie_on_different_hosts() -> None:
-    hosts = fleet([3] * 4, nodes=["north", "north", "south", "south"])
-    plan = planned(rebalance(placed("01", "2", "34", "56"), prefill(600, 20, 20, 60, 60, 60, 60), hosts, GOAL))
-    # The shard beside it has the least to do, and is on the same host.
-    assert shards(plan, 0) >= {A}
-    assert shards(plan, 0) & {C, D}
+def test_a_copy_goes_to_another_host_even_if_a_shard_beside_it_has_less_to_do() -> None:
+    hosts = fleet([2] * 4, nodes=["north", "north", "south", "south"])
+    goal = replace(GOAL, min_gain=0.25)
+    plan = planned(rebalance(placed("0", "1", "2", "3"), prefill(600, 280, 300, 310), hosts, goal))
+    assert shards(plan, 0) == {A, C}
 
 
 def test_a_move_does_not_bring_two_copies_onto_one_host() -> None:
-    hosts = fleet([4] * 4, nodes=["north", "north", "south", "west"])
-    current = placed("012", "", "0", "3")
-    plan = planned(rebalance(current, decode(900, 800, 700, 900), hosts, replace(GOAL, min_copies=2)))
-    for expert in range(4):
-        nodes = {hosts.nodes[shard] for shard in shards(plan, expert)}
-        assert len(nodes) == 2, expert
+    """Moving 0 to C would be best, but leave both copies in the south."""
+    hosts = fleet([3] * 3, nodes=["west", "south", "south"])
+    plan = planned(rebalance(placed("01", "02", "3"), decode(800, 1000, 1000, 200), hosts, GOAL))
+    assert {hosts.nodes[shard] for shard in shards(plan, 0)} == {"west", "south"}
+
+
+def test_a_swap_does_not_bring_two_copies_onto_one_host() -> None:
+    """Swapping 0 for C's copy of 2 would be best, but leave both copies of 2 in the north."""
+    hosts = fleet([4] * 3, nodes=["north", "north", "south"])
+    plan = planned(rebalance(placed("01", "24", "235"), decode(1000, 650, 800, 200, 950, 150), hosts, GOAL))
+    assert {hosts.nodes[shard] for shard in shards(plan, 2)} == {"north", "south"}
 
 
 def test_a_copy_goes_beside_another_when_every_host_has_one() -> None:
@@ -193,12 +197,32 @@ def test_the_copy_that_nobody_needs_makes_room_for_the_one_that_is_needed() -> N
     assert len(shards(plan, 1)) == 1
 
 
-def test_a_copy_that_must_be_kept_makes_no_room() -> None:
+def test_the_copy_with_the_least_to_do_makes_room_first() -> None:
+    plan = planned(rebalance(placed("0", "12", "12"), prefill(900, 200, 20), fleet([1, 2, 2]), GOAL))
+    assert PlacedSlot(B, Slot(1, 2)) in [removal for stage in plan.stages for removal in stage.removals]
+
+
+def test_of_three_copies_that_could_make_room_two_stay_where_two_are_wished() -> None:
+    goal = replace(GOAL, min_copies=2)
+    plan = planned(rebalance(placed("0", "1", "1", "1", "0"), prefill(1800, 20), fleet([1] * 5), goal))
+    assert len(shards(plan, 0)) == 3
+    assert len(shards(plan, 1)) == 2
+
+
+@pytest.mark.parametrize("nodes", [None, ["north"] * 4])
+def test_a_copy_that_must_be_kept_makes_no_room(nodes: list[str] | None) -> None:
     current = placed("0", "012", "13", "23")
-    hosts = fleet([1, 3, 2, 2])
+    hosts = fleet([1, 3, 2, 2], nodes=nodes)
     goal = replace(GOAL, min_copies=2)
     assert refused(rebalance(current, prefill(900, 20, 20, 20), hosts, goal)).reason is RefusalReason.NO_ROOM
     assert isinstance(rebalance(current, prefill(900, 20, 20, 20), hosts, GOAL), Plan)
+
+
+def test_the_only_copy_on_another_host_makes_no_room() -> None:
+    hosts = fleet([1] * 5, nodes=["north", "north", "north", "south", "west"])
+    plan = planned(rebalance(placed("0", "1", "1", "1", "0"), prefill(1800, 20), hosts, replace(GOAL, min_copies=2)))
+    assert D in shards(plan, 1)
+    assert len(shards(plan, 0)) == 3
 
 
 def test_a_copy_that_carries_a_shards_load_makes_no_room() -> None:

@@ -121,6 +121,12 @@ def test_on_the_way_no_shard_loads_more_than_it_has_memory_for(situation: Situat
 def test_the_stages_lead_to_the_placement_that_the_plan_says(situation: Situation) -> None:
     outcome = situation.rebalance()
     if isinstance(outcome, Plan):
+        held = {(shard, slot) for shard, slots in situation.current.slots_by_shard.items() for slot in slots}
+        for stage in outcome.stages:
+            assert held.isdisjoint(stage.additions)
+            held |= set(stage.additions)
+            assert held.issuperset(stage.removals)
+            held -= set(stage.removals)
         *_, (_when, last) = states(situation, outcome)
         for shard in situation.nodes:
             assert set(last.slots_of(shard)) == set(outcome.placement.slots_of(shard))

@@ -36,6 +36,19 @@ def test_only_what_must_move_moves(old: int, new: int, moved: int) -> None:
     assert num_moved(before, after) <= moved
 
 
+def test_of_more_copies_than_there_will_be_shards_the_rest_goes() -> None:
+    hot, cold = Slot(1, 0), Slot(1, 1)
+    spread = ExpertPlacement(
+        slots_by_shard={shard: (hot, cold)[: 2 - index % 2] for index, shard in enumerate(names(4))}
+    )
+    after = resize(spread, names(2))
+    assert [set(slots) for slots in after.slots_by_shard.values()] == [{hot, cold}, {hot, cold}]
+    alone = resize(ExpertPlacement(slots_by_shard={names(2)[0]: (hot, cold), names(2)[1]: (hot,)}), names(1))
+    assert alone.slots_by_shard == {names(1)[0]: (hot, cold)}
+    with pytest.raises(ValueError, match="between 2, the copies of an expert"):
+        resize(spread, names(1))
+
+
 def test_a_new_shard_gets_its_share_of_every_layer() -> None:
     after = resize(placed(2), names(3))
     for slots in after.slots_by_shard.values():

@@ -93,6 +93,7 @@ def test_a_prepared_epoch_has_its_further_slots_and_the_old_one_does_not(
     control.prepare(TERM, epoch(2, FIRST, SECOND))
     control.prepare(TERM, epoch(2, FIRST, SECOND))
     assert loader.loaded == [SECOND]
+    assert control.num_loaded == 1
     assert shard.epochs == (1, 2)
     assert refusal(shard, 2, SECOND) is None
     assert refusal(shard, 1, SECOND) is Refusal.NO_SUCH_SLOT
