@@ -13,7 +13,6 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -24,6 +23,7 @@ from experts.dispatch import Combined, Handle
 from experts.epoch import Epoch, ShardAddress
 from experts.lane_request import LaneHandle, LaneRequest, host_rows, request_for_spans, requests_by_shard
 from experts.message import PAIR_BYTES, Identity, encode_request_header
+from experts.peer import Patience, Peer
 from experts.placement import ShardId, Slot
 from experts.routed_rows import scale_copies
 from experts.row_plan import plan_rows
@@ -32,23 +32,6 @@ from experts.transport.select import connect_auto
 from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wait_policy
 
 logger = logging.getLogger(__name__)
-
-# Within the shortest time after which a shard is given up.
-LOOKS = 4
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Peer:
-    """A shard that lives, as far as is known. requests: under way to it, the oldest first. moved_in: the last turn of
-    the pump in which something came from it. still_s: for how long the link's progress has been what it is now."""
-
-    shard_id: ShardId
-    link: Link
-    dtype: torch.dtype
-    requests: list[LaneRequest] = field(default_factory=list)
-    moved_in: int = -1
-    progress: int = -1
-    still_s: float = 0.0
 
 
 class LaneDispatcher:
@@ -73,27 +56,20 @@ class LaneDispatcher:
         """
         if not secret:
             raise ValueError("secret is empty: a lane must be able to prove itself")
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
-        if silence_s <= 0:
-            raise ValueError(f"silence_s must be positive, got {silence_s}")
         self.lost: dict[ShardId, str] = {}
         self._epoch = epoch
         self._lane_id = lane_id
         self._secret = secret
         self._connect = connect
-        self._timeout_s = timeout_s
-        self._silence_s = silence_s
-        self._look_s = min(timeout_s, silence_s) / LOOKS
+        self._patience = Patience(timeout_s=timeout_s, silence_s=silence_s)
         self._copy_offset = zlib.crc32(lane_id.encode())
         self._step: int | None = None
         self._dispatches_of_layer: dict[int, int] = {}
         self._shard_ids = tuple(epoch.placement.slots_by_shard)
-        self._peers: dict[ShardId, _Peer] = {}
+        self._peers: dict[ShardId, Peer] = {}
         # By layer, filled as layers are asked for; void once a shard is lost or another epoch is adopted.
         self._destinations: dict[int, LayerDestinations] = {}
         self._poller = Poller(wait or wait_policy())
-        self._turn = 0
         for shard_id in self.lacks(epoch):
             self._open(shard_id)
 
@@ -164,7 +140,7 @@ class LaneDispatcher:
 
     def connect(self, address: ShardAddress) -> Link:
         """A new link, for ``adopt``. May be called from any thread. Raises LinkError, at the latest at timeout_s."""
-        return self._connect(address, lane_id=self._lane_id, secret=self._secret, timeout_s=self._timeout_s)
+        return self._connect(address, lane_id=self._lane_id, secret=self._secret, timeout_s=self._patience.timeout_s)
 
     def adopt(self, epoch: Epoch, opened: Mapping[ShardId, Link], failed: Mapping[ShardId, str]) -> None:
         """Goes over to another epoch, between two steps: handles that are open are abandoned.
@@ -196,7 +172,7 @@ class LaneDispatcher:
             self.lost[shard_id] = not_connected(address, error)
 
     def _take_link(self, shard_id: ShardId, link: Link) -> None:
-        peer = _Peer(shard_id=shard_id, link=link, dtype=getattr(torch, link.terms.dtype))
+        peer = Peer(shard_id=shard_id, link=link, dtype=getattr(torch, link.terms.dtype))
         self._peers[shard_id] = peer
         self._poller.add(link, READ, partial(self._advance, peer))
 
@@ -296,10 +272,8 @@ class LaneDispatcher:
         )
         num_slots = len(request.pairs) // PAIR_BYTES
         request.header = encode_request_header(identity, num_slots=num_slots, num_rows=request.num_rows)
-        request.deadline = time.monotonic() + self._timeout_s
-        if not peer.requests:
-            peer.still_s = 0.0
-        peer.requests.append(request)
+        request.deadline = time.monotonic() + self._patience.timeout_s
+        peer.add(request)
         handle.num_pending += 1
         try:
             peer.link.submit(request)
@@ -316,22 +290,21 @@ class LaneDispatcher:
         if not is_needed():
             return
         started_at = looked_at = time.monotonic()
+        look_s = self._patience.look_s
         while is_needed():
-            self._turn += 1
-            for on_ready, events in self._poller.wait(max(0.0, looked_at + self._look_s - time.monotonic())):
+            for on_ready, events in self._poller.wait(max(0.0, looked_at + look_s - time.monotonic())):
                 on_ready(events)
             now = time.monotonic()
-            if now - looked_at >= self._look_s:
+            if now - looked_at >= look_s:
                 # What is more than that is this process's own delay, of which no shard knows.
-                self._look_for_progress(min(now - looked_at, 2 * self._look_s))
-                self._expire(now, started_at)
+                self._look(now, min(now - looked_at, 2 * look_s), started_at)
                 looked_at = now
 
-    def _advance(self, peer: _Peer, events: int) -> None:
+    def _advance(self, peer: Peer, events: int) -> None:
         if peer.shard_id not in self._peers:
             # Lost in this very turn.
             return
-        peer.moved_in = self._turn
+        peer.has_moved = True
         if events & ~(WRITE | NEWS):
             peer.link.hear()
         refused = None
@@ -349,32 +322,19 @@ class LaneDispatcher:
         else:
             self._watch(peer)
 
-    def _look_for_progress(self, passed_s: float) -> None:
-        """Gives up shards that owe rows and have not shown for silence_s that they are at work."""
-        for peer in list(self._peers.values()):
-            if not peer.requests or peer.shard_id not in self._peers:
-                continue
-            progress = peer.link.progress
-            peer.still_s = peer.still_s + passed_s if progress == peer.progress else 0.0
-            peer.progress = progress
-            if peer.still_s >= self._silence_s:
-                self._lose(peer, phase=_phase(peer), why=f"no sign of work for {self._silence_s:g} s")
-
-    def _expire(self, now: float, started_at: float) -> None:
-        """Gives up shards past a deadline. One whose answer is just coming in gets as long again, no more."""
+    def _look(self, now: float, passed_s: float, waiting_since: float) -> None:
+        """Gives up shards that have kept this lane waiting for too long."""
         for peer in list(self._peers.values()):
             # Losing one shard gives others new requests, and may lose others.
-            if peer.shard_id not in self._peers or not peer.requests:
-                continue
-            oldest = peer.requests[0].deadline
-            is_moving = peer.moved_in == self._turn
-            if now > oldest and (not is_moving or now > max(oldest, started_at) + self._timeout_s):
-                self._lose(peer, phase=_phase(peer), why=f"no answer within {self._timeout_s:g} s")
+            if peer.shard_id in self._peers and peer.requests:
+                why = peer.complaint(self._patience, now=now, passed_s=passed_s, waiting_since=waiting_since)
+                if why is not None:
+                    self._lose(peer, phase=peer.phase, why=why)
 
-    def _watch(self, peer: _Peer) -> None:
+    def _watch(self, peer: Peer) -> None:
         self._poller.change(peer.link, READ | WRITE if peer.link.wants_to_write else READ)
 
-    def _lose(self, peer: _Peer, *, phase: str, why: str) -> None:
+    def _lose(self, peer: Peer, *, phase: str, why: str) -> None:
         """Masks the shard, keeps the reason, and sends what it owed elsewhere. Idempotent."""
         if peer.shard_id not in self._peers:
             return
@@ -387,10 +347,6 @@ class LaneDispatcher:
         for request in owed:
             request.handle.num_pending -= 1
             self._send_again(request.handle, request.span_numbers)
-
-
-def _phase(peer: _Peer) -> str:
-    return "send" if peer.link.sending else "wait"
 
 
 def not_connected(address: ShardAddress, error: LinkError) -> str:
