@@ -5,25 +5,39 @@
     python tests/bench/rebalance_gain.py --http-port 8000
 
 The requests are long prompts, one at a time. Prints one line of JSON. Busy time is of the shards' own clocks: on a
-machine with fewer cores than shards and routers it contains their waiting for a core.
+machine with fewer cores than shards and routers it contains their waiting for a core, which their CPU time does not.
+Both are of shards on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import time
 import urllib.request
+from pathlib import Path
+from typing import NamedTuple
 
 from cluster.client import ArrieroClient
 from cluster.client_types import Sampling
 from cluster.commands.rebalance import rebalance, response_to_json
-from cluster.commands.status import call_admin, find_service
+from cluster.commands.status import call_admin, find_service, get_view
 from cluster.v1 import admin_pb2
 
 MAX_ID = 250
+
+
+class Service(NamedTuple):
+    address: str
+    token: str
+    http_port: int
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Busy and CPU seconds of each shard."""
+        return busy_s(self.http_port), cpu_s(self.address, self.token)
 
 
 def busy_s(http_port: int) -> dict[str, float]:
@@ -40,11 +54,23 @@ def work(client: ArrieroClient, salt: str, *, num_requests: int, num_tokens: int
         list(client.generate(ids, sampling=Sampling(max_tokens=1, ignore_eos=True), cache_salt=f"{salt}/{number}"))
 
 
-def slowest_s(http_port: int, client: ArrieroClient, salt: str, arguments: argparse.Namespace) -> float:
-    """Of all shards, the one that these requests keep busy for longest."""
-    before = busy_s(http_port)
+def cpu_s(address: str, token: str) -> dict[str, float]:
+    """What the shards' processes have computed in all, by the kernel's clock."""
+    found: dict[str, float] = {}
+    for shard in get_view(address, token).shards:
+        after_name = Path(f"/proc/{shard.member.pid}/stat").read_text().rpartition(")")[2].split()
+        found[shard.member.id] = (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def slowest_s(service: Service, client: ArrieroClient, salt: str, arguments: argparse.Namespace) -> list[float]:
+    """The largest busy and the largest CPU time that these requests take of a shard."""
+    before = service.read()
     work(client, salt, num_requests=arguments.requests, num_tokens=arguments.tokens)
-    return max(seconds - before[shard] for shard, seconds in busy_s(http_port).items())
+    return [
+        max(after[shard] - seconds for shard, seconds in of_clock.items())
+        for of_clock, after in zip(before, service.read(), strict=True)
+    ]
 
 
 def move(address: str, token: str) -> dict[str, object]:
@@ -63,18 +89,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=1024)
     arguments = parser.parse_args()
-    address, token = find_service(None)
-    with ArrieroClient(address) as client:
-        slowest_s(arguments.http_port, client, "warm", arguments)
-        before_s = slowest_s(arguments.http_port, client, "before", arguments)
-        plan = move(address, token)
-        slowest_s(arguments.http_port, client, "warm again", arguments)
-        after_s = slowest_s(arguments.http_port, client, "after", arguments)
+    service = Service(*find_service(None), arguments.http_port)
+    with ArrieroClient(service.address) as client:
+        slowest_s(service, client, "warm", arguments)
+        before_s = slowest_s(service, client, "before", arguments)
+        plan = move(service.address, service.token)
+        slowest_s(service, client, "warm again", arguments)
+        after_s = slowest_s(service, client, "after", arguments)
     predicted = [max(shard["busy"] for shard in plan[when]["shards"]) for when in ("before", "after")]  # type: ignore[index]
     told = {
-        "slowest_busy_before_s": round(before_s, 3),
-        "slowest_busy_after_s": round(after_s, 3),
-        "measured_drop": round(1 - after_s / before_s, 3),
+        "slowest_busy_s": [round(before_s[0], 3), round(after_s[0], 3)],
+        "slowest_cpu_s": [round(before_s[1], 3), round(after_s[1], 3)],
+        "busy_drop": round(1 - after_s[0] / before_s[0], 3),
+        "cpu_drop": round(1 - after_s[1] / before_s[1], 3),
         "predicted_drop": round(1 - predicted[1] / predicted[0], 3),
         "imbalance": [round(plan[when]["imbalance"], 3) for when in ("before", "after")],  # type: ignore[index]
     }
