@@ -18,6 +18,7 @@ import torch
 from engine_harness import CLOSE_S, READY_S, SECRET, listening, start_message, wait_until, wait_until_async
 
 from cluster.checkpoints.presets import create_checkpoint
+from cluster.front.token_listener import TokenListener
 from experts.checkpoint import Checkpoint
 from experts.epoch import Epoch, ShardAddress
 from experts.placement import ShardId, place
@@ -129,25 +130,26 @@ def test_shards_and_the_experts_inside_give_the_same_bits(checkpoint: Path) -> N
 
 
 def test_requests_dropped_at_random_moments_give_every_block_back(checkpoint: Path) -> None:
-    async def drop(client: EngineClient, address: str, index: int, delay_s: float) -> bool:
+    async def drop(client: EngineClient, listener: TokenListener, index: int, delay_s: float) -> bool:
         """Whether it was still running."""
         request = GenerateRequest(
             request_id=f"dropped-{index}",
             prompt_ids=PROMPTS[index % len(PROMPTS)],
             params=SamplingParams(max_tokens=60, ignore_eos=True, seed=index),
-            return_address=address,
+            return_address=listener.address,
         )
-        try:
-            await asyncio.wait_for(client.generate(request), delay_s)
-        except TimeoutError:
-            return True
-        return False
+        with listener.open(request.request_id, request.attempt):
+            try:
+                await asyncio.wait_for(client.generate(request), delay_s)
+            except TimeoutError:
+                return True
+            return False
 
     async def scenario(client: EngineClient) -> None:
         moments = random.Random(5)
         async with listening() as listener:
             dropped = await asyncio.gather(
-                *(drop(client, listener.address, index, moments.uniform(0, 0.2)) for index in range(40))
+                *(drop(client, listener, index, moments.uniform(0, 0.2)) for index in range(40))
             )
             assert sum(dropped) >= 10
             await wait_until_async(lambda: _all_blocks_are_free(client))
