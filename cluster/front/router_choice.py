@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import random
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 
-class RouterChoice(RequestRouter):
-    """Not FIFO: what a request shuns is its own affair, so each is given its own routers."""
+class RouterChoice(FIFOMixin, RequestRouter):
+    """FIFO: Serve (2.60) would else tell calls apart by the id of the request that they belong to, which the choices of
+    one request share, and leave all but one waiting. So a router that was chosen for one call may get an older one;
+    all calls of a gateway shun the same."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

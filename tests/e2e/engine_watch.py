@@ -15,7 +15,7 @@ from router.messages import EngineStats
 
 Stats = Mapping[str, EngineStats]
 CALLS_AT_ONCE = 8
-# Heartbeats come every second; on a busy machine they may be late.
+# Heartbeats come twice a second; on a busy machine they may be late.
 MAX_AGE_S = 1.5
 
 

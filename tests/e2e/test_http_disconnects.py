@@ -62,7 +62,7 @@ def test_a_client_that_goes_ends_its_generation(
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
     gone_s = time.monotonic()
     wait_until(lambda: all(map(is_idle, watch.stats().values())), "all blocks are free")
-    tell(f"seen after {time.monotonic() - gone_s:.2f} s, by engines that report every second")
+    tell(f"seen after {time.monotonic() - gone_s:.2f} s, by engines that report twice a second")
     assert total(watch.stats(), "num_generated_tokens") - before < n * NUM_TOKENS
 
 
