@@ -83,7 +83,7 @@ class ShardServer:
         # With what is watched for at each.
         self._lanes: dict[LaneEnd, int] = {}
         self._progress = 0
-        self._next_pulse_s = 0.0
+        self._pulsed_at = 0.0
         self._busy_s = 0.0
         self._refused: Counter[str] = Counter()
         self._num_refused_requests = 0
@@ -174,10 +174,13 @@ class ShardServer:
         self._poller.add(self._wake_receiver, READ, lambda _events: self._wake_receiver.recv(64))
         self._doors.open()
         while not self._finished():
-            for on_ready, events in self._poller.wait(0.0 if self._tiles else _IDLE_S):
+            was_idle = not self._tiles
+            for on_ready, events in self._poller.wait(_IDLE_S if was_idle else 0.0):
                 on_ready(events)
             for lane in self._doors.overdue():
                 self._refuse_lane(lane, "opening timed out")
+            if was_idle:
+                self._pulsed_at = time.monotonic()
             if self._tiles:
                 self._compute_tile()
             if self._shard.has_retired:
@@ -252,9 +255,9 @@ class ShardServer:
     def _pulse(self) -> None:
         """Only ever after some work: a service that computes no more is as silent as one that is gone."""
         now = time.monotonic()
-        if now < self._next_pulse_s:
+        if now - self._pulsed_at < _PULSE_S:
             return
-        self._next_pulse_s = now + _PULSE_S
+        self._pulsed_at = now
         for lane in [lane for lane in self._lanes if lane.num_unanswered]:
             try:
                 lane.pulse()
