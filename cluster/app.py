@@ -10,6 +10,7 @@ from ray.serve import Application
 from cluster.config import ServiceConfig, parse_config
 from cluster.front.gateway import Gateway
 from cluster.front.http_api import build_http_api
+from cluster.router_autoscaling import autoscaling_options
 from cluster.router_replica import RouterReplica
 
 ROUTER = "Router"
@@ -36,7 +37,7 @@ def _router_options(config: ServiceConfig) -> dict[str, Any]:
     return {
         **_common_options(config),
         "name": ROUTER,
-        "num_replicas": config.routers,
+        **_number_of_routers(config),
         "max_ongoing_requests": calls_per_router(config),
         "max_queued_requests": config.max_queued_requests,
         "request_router_config": {"request_router_class": ROUTER_CHOICE},
@@ -48,9 +49,15 @@ def _router_options(config: ServiceConfig) -> dict[str, Any]:
     }
 
 
+def _number_of_routers(config: ServiceConfig) -> dict[str, Any]:
+    if config.most_routers == config.routers:
+        return {"num_replicas": config.routers}
+    return {"autoscaling_config": autoscaling_options(config)}
+
+
 def _gateway_options(config: ServiceConfig) -> dict[str, Any]:
     # A router's queue refuses; the gateway itself must never be what is full.
-    open_calls = config.routers * calls_per_router(config) + config.max_queued_requests
+    open_calls = config.most_routers * calls_per_router(config) + config.max_queued_requests
     return {
         **_common_options(config),
         "name": GATEWAY,

@@ -46,6 +46,10 @@ class ServiceConfig(BaseModel):
 
     shards: int = Field(2, ge=0, description="Expert shard processes. 0: the experts live in each router process.")
     routers: int = Field(1, ge=1, description="Router processes: attention, KV cache, scheduler and sampler.")
+    max_routers: int | None = Field(
+        None, ge=1, description="Routers that there may be under load; without load there are as many as routers says. "
+        "Default: routers, always.",
+    )  # fmt: skip
     gateways: int = Field(1, ge=1, description="Gateway processes: the gRPC and HTTP surface, the tokenizer.")
     copies: int = Field(1, ge=1, description="Shards that hold each expert. At most the number of shards.")
 
@@ -122,6 +126,25 @@ class ServiceConfig(BaseModel):
     rebalance_stall_s: float = Field(
         120.0, gt=0, description="How long a rebalance may stand still, no expert loaded, before it is rolled back."
     )
+    router_kv_target: float = Field(
+        0.7, gt=0, le=1, description="Part of their KV cache that routers should use at most; with more in use there "
+        "are more, up to max_routers.",
+    )  # fmt: skip
+    router_seat_target: float = Field(
+        0.8, gt=0, description="Requests that each router should have at most, those in queues shared out, as a part "
+        "of max_num_seqs; see router_kv_target.",
+    )  # fmt: skip
+    router_waiting_target: int | None = Field(
+        None, ge=1, description="Tokens that should at most wait at each router to be computed; see router_kv_target. "
+        "Default: twice max_num_batched_tokens.",
+    )  # fmt: skip
+    router_up_delay_s: float = Field(
+        30.0, ge=0, description="How long routers must have been too few before there are more."
+    )
+    router_down_delay_s: float = Field(
+        600.0, ge=0, description="How long fewer routers must have been enough, with a fifth to spare, before some go. "
+        "Their streams end first, within drain_timeout_s.",
+    )  # fmt: skip
     drain_timeout_s: float = Field(
         120.0, gt=0, description="How long open requests may go on when the service or a process is told to stop."
     )
@@ -155,6 +178,10 @@ class ServiceConfig(BaseModel):
     def log_settings(self) -> LogSettings:
         return LogSettings(format=self.log_format, level=self.log_level)
 
+    @property
+    def most_routers(self) -> int:
+        return self.max_routers or self.routers
+
     @field_validator("app_name")
     @classmethod
     def _check_app_name(cls, value: str) -> str:
@@ -166,6 +193,8 @@ class ServiceConfig(BaseModel):
     def _check_together(self) -> Self:
         if self.copies > max(1, self.shards):
             raise ValueError(f"copies must be at most shards ({self.shards}), not {self.copies}")
+        if self.most_routers < self.routers:
+            raise ValueError(f"max_routers must be at least routers ({self.routers}), not {self.max_routers}")
         if self.http_port == self.grpc_port:
             raise ValueError(f"grpc_port must differ from http_port, both are {self.grpc_port}")
         return self

@@ -8,12 +8,13 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from ray import serve
 
+from cluster.balance.router_load import RouterLoad
 from cluster.config import parse_config
 from cluster.control.controller_link import ControllerLink
 from cluster.control.member_report import MemberReport
@@ -72,6 +73,12 @@ class RouterReplica:
     def engine_stats(self) -> tuple[MemberId, EngineStats | None]:
         """Who this is, and its engine as of the last heartbeat; None before the first."""
         return self._member.member_id, None if self._router is None else self._router.stats
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where it may change the number of routers; empty before the first heartbeat. For
+        cluster.router_autoscaling."""
+        stats = None if self._router is None else self._router.stats
+        return {} if stats is None else asdict(RouterLoad.of(stats))
 
     def check_health(self) -> None:
         """Called by Serve; raises when this replica must be replaced, and sees to it that it is.

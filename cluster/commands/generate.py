@@ -104,7 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _engine_config(arguments: argparse.Namespace) -> ServiceConfig:
-    return config_from_flags(arguments).model_copy(update={"shards": 0, "routers": 1, "copies": 1, "max_num_seqs": 1})
+    alone = {"shards": 0, "routers": 1, "max_routers": None, "copies": 1, "max_num_seqs": 1}
+    return config_from_flags(arguments).model_copy(update=alone)
 
 
 def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:

@@ -77,7 +77,7 @@ def _num_cpus(config: ServiceConfig) -> int:
     """What Ray believes this machine has: at least enough to place every process of the service."""
     wanted = (
         config.gateways * config.gateway_num_cpus
-        + config.routers * config.router_num_cpus
+        + config.most_routers * config.router_num_cpus
         + config.shards * config.shard_num_cpus
     )
     return max(os.cpu_count() or 1, math.ceil(wanted) + 1)

@@ -41,7 +41,12 @@ def test_a_controller_reborn_while_shards_load_adopts_those_there_are() -> None:
 
 def test_changes_of_the_front_leave_the_shards_alone() -> None:
     running = ServiceConfig(model="m")
-    assert shard_changes(running, ServiceConfig(model="m", routers=3, max_model_len=99, seed=1)) == ()
+    assert (
+        shard_changes(
+            running, ServiceConfig(model="m", routers=3, max_routers=5, router_kv_target=0.5, max_model_len=99, seed=1)
+        )
+        == ()
+    )
 
 
 def test_changes_that_concern_shards_are_named() -> None:

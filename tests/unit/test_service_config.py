@@ -39,6 +39,13 @@ def test_one_copy_is_fine_without_shards() -> None:
     assert parse_config({"model": "m", "shards": 0}).copies == 1
 
 
+def test_routers_may_become_more_but_not_fewer_than_there_are_without_load() -> None:
+    assert parse_config({"model": "m", "routers": 2}).most_routers == 2
+    assert parse_config({"model": "m", "routers": 2, "max_routers": 3}).most_routers == 3
+    with pytest.raises(ConfigError, match=r"max_routers must be at least routers \(2\), not 1"):
+        parse_config({"model": "m", "routers": 2, "max_routers": 1})
+
+
 def test_equal_ports_are_refused() -> None:
     with pytest.raises(ConfigError, match="grpc_port must differ from http_port"):
         parse_config({"model": "m", "grpc_port": 8000})
