@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -57,15 +58,15 @@ class Stream:
 class Crowd:
     """All asks at once, each read by a thread of its own; no client tries again by itself."""
 
-    def __init__(self, service: Service, salt: str) -> None:
+    def __init__(self, service: Service, salt: str, asks: Sequence[Ask] = ASKS) -> None:
         self._client = ArrieroClient(
             service.cluster.grpc_address, application=service.app_name, retry=RetryPolicy(max_tries=1)
         )
-        self._threads = ThreadPoolExecutor(NUM_STREAMS)
-        self.streams = [Stream() for _ in ASKS]
+        self._threads = ThreadPoolExecutor(len(asks))
+        self.streams = [Stream() for _ in asks]
         self._reads: list[Future[None]] = [
             self._threads.submit(stream.read, self._client, ask, salt)
-            for stream, ask in zip(self.streams, ASKS, strict=True)
+            for stream, ask in zip(self.streams, asks, strict=True)
         ]
 
     def wait_until_warm(self) -> None:
