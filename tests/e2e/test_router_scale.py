@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import grpc
 import pytest
 from conftest import RunApp, Service, Tell, wait_until
-from crowd import ASKS, Crowd
+from crowd import ASKS, WHOLE_S, Crowd
 from http_calls import send
 from ray import serve
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.cluster
 
 # Of one router: ten streams are too many for it, three are few even with a fifth to spare.
 SEATS = 4
-FEW = [replace(ask, sampling=replace(ask.sampling, max_tokens=800)) for ask in ASKS[:3]]
+FEW = [replace(ask, sampling=replace(ask.sampling, max_tokens=1000)) for ask in ASKS[:3]]
 
 
 def ready_routers(service: Service) -> set[str]:
@@ -62,13 +63,13 @@ def test_routers_come_with_the_load_and_go_without_it_and_no_stream_notices(run_
         undisturbed_few = Crowd(service, "undisturbed", FEW).finish()
         assert ready_routers(service) == {first}, "four streams at a time are not too much for one router"
 
-        num_crowds = 0
+        num_crowds, deadline_s = 0, time.monotonic() + WHOLE_S
         while num_replicas(service, "RUNNING") < 3:
+            assert time.monotonic() < deadline_s, f"no third router within {WHOLE_S} s of load"
             num_crowds += 1
             assert Crowd(service, f"crowd {num_crowds}").finish() == undisturbed
-        grown = ready_routers(service)
-        assert first in grown
-        assert len(grown) == 3
+        wait_until(lambda: len(ready_routers(service)) == 3, "the controller knows of three routers")
+        assert first in ready_routers(service)
 
         few = Crowd(service, "few", FEW)
         few.wait_until_warm()
