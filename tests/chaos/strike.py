@@ -1,0 +1,117 @@
+"""One fault: whom it meets and when, that it fires, and that the service is whole again afterwards."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+from conditions import wait_until
+from cuttable_proxy import CuttableProxy
+
+from chaos import faults, invariants
+from chaos.load import Load
+from chaos.record import Injury, StreamRecord
+from chaos.scenario import Cut, Fault, Kill, Scenario, Stop
+from chaos.target import WHOLE_S, Target
+from chaos.view import MemberView, View
+from cluster.control.membership import MemberKind, MemberState
+
+# A random moment: after up to so many more tokens of each stream.
+MAX_TOKENS_BEFORE = 30
+NOTICED_S = 30.0
+MOVED_ON_S = 150.0
+NOTICED_WHEN_STOPPED = (MemberKind.SHARD, MemberKind.ROUTER)
+
+
+class Strike:
+    """Against the streams of one load. whole: the view that there must be before and after."""
+
+    def __init__(self, target: Target, load: Load, proxy: CuttableProxy, *, whole: View, draw: random.Random) -> None:
+        self._target = target
+        self._load = load
+        self._proxy = proxy
+        self._whole = whole
+        self._draw = draw
+
+    def injure(self, scenario: Scenario) -> Injury:
+        """Raises AssertionError where the fault does not fire, hits no stream, or does not heal."""
+        before = self._target.whole_view(self._whole)
+        victims = self._choose(scenario.fault, before)
+        self._load.wait_for_tokens(self._draw.randint(1, MAX_TOKENS_BEFORE * self._load.num_clients))
+        suffering = self._suffering(victims)
+        at_s, streams = time.monotonic(), self._load.open_streams()
+        hit = [each for each in streams if suffering is None or each.request_id in suffering]
+        assert hit, f"{scenario.name} of {[each.member_id for each in victims]} hits no stream"
+        self._inflict(scenario.fault, victims, hit)
+        self._heal(scenario.fault, victims, streams, at_s)
+        healed_s = time.monotonic()
+        return Injury(
+            scenario=scenario.name,
+            victims=tuple(each.member_id for each in victims),
+            at_s=at_s,
+            healed_s=healed_s,
+            hit=tuple(each.request_id for each in hit),
+            num_open=len(streams),
+            longest_pause_s=max(invariants.longest_pause_s(each, at_s, healed_s) for each in streams),
+        )
+
+    def _choose(self, fault: Fault, view: View) -> list[MemberView]:
+        match fault:
+            case Kill(members=kinds):
+                return [self._draw.choice(view.ready(kind)) for kind in kinds]
+            case Stop(member=kind):
+                return [self._draw.choice(view.ready(kind))]
+            case Cut():
+                return []
+
+    def _suffering(self, victims: Sequence[MemberView]) -> set[str] | None:
+        """Request ids; None: all that are open, for every stream needs all shards, the gateway and its connection."""
+        routers = [each for each in victims if each.kind is MemberKind.ROUTER]
+        if not routers or len(routers) < len(victims):
+            return None
+        return set().union(*(self._target.requests_of(each.member_id) for each in routers))
+
+    def _inflict(self, fault: Fault, victims: Sequence[MemberView], hit: Sequence[StreamRecord]) -> None:
+        match fault:
+            case Kill():
+                faults.kill([each.pid for each in victims])
+            case Stop(for_s=for_s):
+                [victim] = victims
+                with faults.stopped(victim.pid):
+                    end_s = time.monotonic() + for_s
+                    if victim.kind in NOTICED_WHEN_STOPPED:
+                        self._wait_until_done_without(victim, hit)
+                    wait_until(lambda: time.monotonic() >= end_s, "the time of the stop is over", for_s + 1)
+            case Cut():
+                faults.cut(self._proxy)
+
+    def _wait_until_done_without(self, victim: MemberView, hit: Sequence[StreamRecord]) -> None:
+        """It is seen to be silent, and every stream that it had to do with has gone on."""
+
+        def is_suspect() -> bool:
+            view = self._target.view()
+            return view is not None and view.state_of(victim.member_id) is MemberState.SUSPECT
+
+        wait_until(is_suspect, f"{victim.member_id} is a suspect", NOTICED_S)
+        seen_s = time.monotonic()
+        wait_until(
+            lambda: all(each.moved_on_since(seen_s) for each in hit),
+            f"all streams go on without {victim.member_id}",
+            MOVED_ON_S,
+        )
+
+    def _heal(self, fault: Fault, victims: Sequence[MemberView], streams: Sequence[StreamRecord], at_s: float) -> None:
+        """Until whoever was killed has been replaced, whoever was stopped is back, and every stream has gone on."""
+        gone = {each.pid for each in victims} if isinstance(fault, Kill) else set()
+        pids: dict[str, int] = {}
+
+        def is_healed() -> bool:
+            pids.clear()
+            pids.update(self._target.whole_view(self._whole).pids())
+            return not gone & set(pids.values()) and all(each.moved_on_since(at_s) for each in streams)
+
+        wait_until(is_healed, f"healed of {fault}", WHOLE_S, every_s=0.2)
+        if isinstance(fault, Stop):
+            [victim] = victims
+            assert pids.get(victim.member_id) == victim.pid, f"{victim.member_id} did not come back as it was"
