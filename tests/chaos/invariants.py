@@ -1,4 +1,4 @@
-"""What must hold of a recorded run, whatever happened in it. Pure: each check returns sentences, none if all is well."""
+"""What must hold of a recorded run, whatever happened in it. Pure: checks return sentences, none if all is well."""
 
 from __future__ import annotations
 
