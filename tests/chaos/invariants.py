@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from holdings import Holdings
 
@@ -58,6 +58,15 @@ def longest_pause_s(record: StreamRecord, from_s: float, until_s: float) -> floa
         moments.append(record.ended_s)
     gaps = [after - before for before, after in itertools.pairwise(moments) if after > from_s and before < until_s]
     return max(gaps, default=0.0)
+
+
+def hurt_bystanders(before: Mapping[str, int], after: Mapping[str, int], replaced: Collection[str]) -> list[str]:
+    """Members, by their pids, that are gone or another process though they are not among those that had to be."""
+    return [
+        f"{name}: process {pid} has become {after.get(name)}"
+        for name, pid in before.items()
+        if name not in replaced and after.get(name) != pid
+    ]
 
 
 def not_given_back(before: Mapping[str, Holdings], after: Mapping[str, Holdings]) -> list[str]:

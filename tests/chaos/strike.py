@@ -44,7 +44,9 @@ class Strike:
         hit = [each for each in streams if suffering is None or each.request_id in suffering]
         assert hit, f"{scenario.name} of {[each.member_id for each in victims]} hits no stream"
         self._inflict(scenario.fault, victims, hit)
-        self._heal(scenario.fault, victims, streams, at_s)
+        after = self._heal(scenario.fault, victims, streams, at_s)
+        hurt = invariants.hurt_bystanders(before.pids(), after.pids(), self._replaced(scenario.fault, victims))
+        assert not hurt, f"{scenario.name} of {[each.member_id for each in victims]}: {hurt}"
         healed_s = time.monotonic()
         return Injury(
             scenario=scenario.name,
@@ -76,6 +78,7 @@ class Strike:
         match fault:
             case Kill():
                 faults.kill([each.pid for each in victims])
+                self._wait_until_seen_dead(victims)
             case Stop(for_s=for_s):
                 [victim] = victims
                 with faults.stopped(victim.pid):
@@ -85,6 +88,17 @@ class Strike:
                     wait_until(lambda: time.monotonic() >= end_s, "the time of the stop is over", for_s + 1)
             case Cut():
                 faults.cut(self._proxy)
+
+    def _wait_until_seen_dead(self, victims: Sequence[MemberView]) -> None:
+        """By the controller, if it is not among them."""
+        if any(each.kind is MemberKind.CONTROLLER for each in victims):
+            return
+
+        def is_seen() -> bool:
+            view = self._target.view()
+            return view is not None and not {each.member_id for each in victims} & view.pids().keys()
+
+        wait_until(is_seen, f"{[each.member_id for each in victims]} are seen dead", NOTICED_S)
 
     def _wait_until_done_without(self, victim: MemberView, hit: Sequence[StreamRecord]) -> None:
         """It is seen to be silent, and every stream that it had to do with has gone on."""
@@ -101,17 +115,19 @@ class Strike:
             MOVED_ON_S,
         )
 
-    def _heal(self, fault: Fault, victims: Sequence[MemberView], streams: Sequence[StreamRecord], at_s: float) -> None:
-        """Until whoever was killed has been replaced, whoever was stopped is back, and every stream has gone on."""
+    def _heal(self, fault: Fault, victims: Sequence[MemberView], streams: Sequence[StreamRecord], at_s: float) -> View:
+        """Until whoever was killed has been replaced, and every stream has gone on; returns the view by then."""
         gone = {each.pid for each in victims} if isinstance(fault, Kill) else set()
-        pids: dict[str, int] = {}
+        view: list[View] = []
 
         def is_healed() -> bool:
-            pids.clear()
-            pids.update(self._target.whole_view(self._whole).pids())
-            return not gone & set(pids.values()) and all(each.moved_on_since(at_s) for each in streams)
+            view[:] = [self._target.whole_view(self._whole)]
+            return not gone & set(view[0].pids().values()) and all(each.moved_on_since(at_s) for each in streams)
 
         wait_until(is_healed, f"healed of {fault}", WHOLE_S, every_s=0.2)
-        if isinstance(fault, Stop):
-            [victim] = victims
-            assert pids.get(victim.member_id) == victim.pid, f"{victim.member_id} did not come back as it was"
+        return view[0]
+
+    @staticmethod
+    def _replaced(fault: Fault, victims: Sequence[MemberView]) -> set[str]:
+        """Whoever is stopped must come back as it was."""
+        return {each.member_id for each in victims} if isinstance(fault, Kill) else set()

@@ -106,6 +106,13 @@ def test_a_stream_is_open_and_moves_on_until_its_end() -> None:
     assert record.moved_on_since(20.0)
 
 
+def test_whoever_was_not_meant_must_still_be_the_same_process() -> None:
+    before = {"shard-0": 10, "shard-1": 11, "router-a": 12}
+    assert invariants.hurt_bystanders(before, {"shard-2": 20, "shard-1": 11, "router-a": 12}, {"shard-0"}) == []
+    found = invariants.hurt_bystanders(before, {"shard-2": 20, "shard-1": 11, "router-a": 13}, {"shard-2"})
+    assert found == ["shard-0: process 10 has become None", "router-a: process 12 has become 13"]
+
+
 HELD = Holdings(num_fds=100, num_sockets=50, memory_bytes=400 * MIB)
 
 
