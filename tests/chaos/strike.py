@@ -44,10 +44,12 @@ class Strike:
         hit = [each for each in streams if suffering is None or each.request_id in suffering]
         assert hit, f"{scenario.name} of {[each.member_id for each in victims]} hits no stream"
         self._inflict(scenario.fault, victims, hit)
-        after = self._heal(scenario.fault, victims, streams, at_s)
-        hurt = invariants.hurt_bystanders(before.pids(), after.pids(), self._replaced(scenario.fault, victims))
-        assert not hurt, f"{scenario.name} of {[each.member_id for each in victims]}: {hurt}"
+        killed = victims if isinstance(scenario.fault, Kill) else []
+        after = self._whole_without(killed)
         healed_s = time.monotonic()
+        wait_until(lambda: all(each.moved_on_since(healed_s) for each in streams), "all streams go on", MOVED_ON_S)
+        hurt = invariants.hurt_bystanders(before.pids(), after.pids(), {each.member_id for each in killed})
+        assert not hurt, f"{scenario.name} of {[each.member_id for each in victims]}: {hurt}"
         return Injury(
             scenario=scenario.name,
             victims=tuple(each.member_id for each in victims),
@@ -115,19 +117,14 @@ class Strike:
             MOVED_ON_S,
         )
 
-    def _heal(self, fault: Fault, victims: Sequence[MemberView], streams: Sequence[StreamRecord], at_s: float) -> View:
-        """Until whoever was killed has been replaced, and every stream has gone on; returns the view by then."""
-        gone = {each.pid for each in victims} if isinstance(fault, Kill) else set()
+    def _whole_without(self, killed: Sequence[MemberView]) -> View:
+        """Until whoever was killed has been replaced."""
+        gone = {each.pid for each in killed}
         view: list[View] = []
 
-        def is_healed() -> bool:
+        def is_whole() -> bool:
             view[:] = [self._target.whole_view(self._whole)]
-            return not gone & set(view[0].pids().values()) and all(each.moved_on_since(at_s) for each in streams)
+            return not gone & set(view[0].pids().values())
 
-        wait_until(is_healed, f"healed of {fault}", WHOLE_S, every_s=0.2)
+        wait_until(is_whole, f"{[each.member_id for each in killed]} are replaced", WHOLE_S, every_s=0.2)
         return view[0]
-
-    @staticmethod
-    def _replaced(fault: Fault, victims: Sequence[MemberView]) -> set[str]:
-        """Whoever is stopped must come back as it was."""
-        return {each.member_id for each in victims} if isinstance(fault, Kill) else set()
