@@ -23,9 +23,6 @@ class StreamRecord:
     error: str | None = None
     ended_s: float | None = None
 
-    def was_open_at(self, at_s: float) -> bool:
-        return self.opened_s <= at_s and (self.ended_s is None or self.ended_s > at_s)
-
     def moved_on_since(self, at_s: float) -> bool:
         return self.ended_s is not None or (bool(self.arrivals_s) and self.arrivals_s[-1] > at_s)
 
