@@ -47,7 +47,7 @@ class Arena:
         self._draw = random.Random(seed)
         self._asks: Sequence[Ask] = draw_asks(num_streams, max_tokens, self._draw)
         self._tell = tell
-        self._num_played = 0
+        self.outcomes: list[Outcome] = []
         self._reference: list[list[int]] = []
         self._whole: View = View(())
 
@@ -60,11 +60,11 @@ class Arena:
         self._reference = first
 
     def play(self, scenario: Scenario) -> Outcome:
-        """Raises AssertionError where a fault does not fire, hits no stream, or does not heal; what happened to streams
-        is in the outcome."""
-        self._num_played += 1
-        label = f"{scenario.name}-{self._num_played}"
+        """Raises AssertionError where a fault does not fire, finds no stream to hit, or does not heal; what happened to
+        the streams is in the outcome, which is among the outcomes even then."""
         outcome = Outcome(scenario=scenario)
+        self.outcomes.append(outcome)
+        label = f"{scenario.name}-{len(self.outcomes)}"
         proxy = CuttableProxy(int(self._target.grpc_address.rpartition(":")[2]))
         address = f"127.0.0.1:{proxy.port}" if isinstance(scenario.fault, Cut) else self._target.grpc_address
         resume = scenario.clients_resume

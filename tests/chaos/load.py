@@ -50,7 +50,7 @@ def draw_asks(count: int, max_tokens: int, draw: random.Random) -> list[Ask]:
 
 class Load:
     """num_rounds: how often each client asks; None: until stop(). label begins the request ids. Clients that may not
-    resume raise where their call breaks."""
+    resume raise where their call breaks; one that has lost a stream asks no more."""
 
     def __init__(
         self,
@@ -119,6 +119,8 @@ class Load:
             self._records[number].append(record)
             # Every other stream computes its prompt anew, whatever is cached.
             self._read(record, cache_salt=request_id if count % 2 else "")
+            if record.error is not None:
+                return
 
     def _read(self, record: StreamRecord, cache_salt: str) -> None:
         ask = self._asks[record.ask]

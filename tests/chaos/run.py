@@ -22,7 +22,7 @@ from holdings import Holdings
 from serve_process import ServeProcess
 
 from chaos import report
-from chaos.arena import Arena, Outcome
+from chaos.arena import Arena
 from chaos.scenario import LONG, Scenario
 from chaos.target import Target
 from cluster.checkpoints.presets import create_checkpoint
@@ -35,13 +35,12 @@ FLAGS = ("--dtype", "float32", "--stream-interval-ms", "0", "--num-kv-blocks", "
 
 
 class Run:
-    """What has been played so far; printed at the end, however it ends."""
+    """Scenario after scenario, and what the processes held in between."""
 
     def __init__(self, arena: Arena, minutes: float | None) -> None:
         self._arena = arena
         self._begun_s = time.monotonic()
         self._minutes = minutes
-        self.outcomes: list[Outcome] = []
         self.held: list[tuple[float, Mapping[str, Holdings]]] = []
 
     def play_all(self, scenarios: Sequence[Scenario]) -> None:
@@ -50,7 +49,7 @@ class Run:
         self._rest()
         while True:
             for scenario in scenarios:
-                self.outcomes.append(self._arena.play(scenario))
+                self._arena.play(scenario)
                 self._rest()
                 if self._minutes is not None and self._elapsed_s() > 60 * self._minutes:
                     return
@@ -84,13 +83,13 @@ def main() -> int:
             arena.check_given_back(run.warm())
         except AssertionError as error:
             failure = f"{error}"
-    print(f"\n{report.table(run.outcomes)}\n")
+    print(f"\n{report.table(arena.outcomes)}\n")
     if run.held:
         print(report.memory_table(run.warm(), run.held[-1][1]))
     if options.json is not None:
         about = {"seed": seed, "streams": options.streams, "failure": failure}
-        options.json.write_text(json.dumps(report.to_json(run.outcomes, run.held, **about), indent=1))
-    bad = [each for outcome in run.outcomes for each in outcome.violations] + ([failure] if failure else [])
+        options.json.write_text(json.dumps(report.to_json(arena.outcomes, run.held, **about), indent=1))
+    bad = [each for outcome in arena.outcomes for each in outcome.violations] + ([failure] if failure else [])
     if bad:
         print(f"\nchaos: seed {seed}, the service's log is {options.out / 'log'}", *bad, sep="\n", file=sys.stderr)
     return 1 if bad else 0

@@ -19,6 +19,7 @@ from cluster.control.membership import MemberKind, MemberState
 
 # A random moment: after up to so many more tokens of each stream.
 MAX_TOKENS_BEFORE = 30
+HAS_STREAMS_S = 60.0
 NOTICED_S = 30.0
 MOVED_ON_S = 150.0
 NOTICED_WHEN_STOPPED = (MemberKind.SHARD, MemberKind.ROUTER)
@@ -35,14 +36,12 @@ class Strike:
         self._draw = draw
 
     def injure(self, scenario: Scenario) -> Injury:
-        """Raises AssertionError where the fault does not fire, hits no stream, or does not heal."""
+        """Raises AssertionError where the fault does not fire, finds no stream to hit, or does not heal."""
         before = self._target.whole_view(self._whole)
         victims = self._choose(scenario.fault, before)
         self._load.wait_for_tokens(self._draw.randint(1, MAX_TOKENS_BEFORE * self._load.num_clients))
-        suffering = self._suffering(victims)
-        at_s, streams = time.monotonic(), self._load.open_streams()
-        hit = [each for each in streams if suffering is None or each.request_id in suffering]
-        assert hit, f"{scenario.name} of {[each.member_id for each in victims]} hits no stream"
+        streams, hit = self._streams_to_hit(victims)
+        at_s = time.monotonic()
         self._inflict(scenario.fault, victims, hit)
         killed = victims if isinstance(scenario.fault, Kill) else []
         after = self._whole_without(killed)
@@ -68,6 +67,19 @@ class Strike:
                 return [self._draw.choice(view.ready(kind))]
             case Cut():
                 return []
+
+    def _streams_to_hit(self, victims: Sequence[MemberView]) -> tuple[list[StreamRecord], list[StreamRecord]]:
+        """All that are open, and those of them that the victims work on: a router that has just come has none yet."""
+        found: list[list[StreamRecord]] = [[], []]
+
+        def are_some() -> bool:
+            suffering = self._suffering(victims)
+            found[0] = self._load.open_streams()
+            found[1] = [each for each in found[0] if suffering is None or each.request_id in suffering]
+            return bool(found[1])
+
+        wait_until(are_some, f"{[each.member_id for each in victims]} have streams", HAS_STREAMS_S, every_s=0.2)
+        return found[0], found[1]
 
     def _suffering(self, victims: Sequence[MemberView]) -> set[str] | None:
         """Request ids; None: all that are open, for every stream needs all shards, the gateway and its connection."""
