@@ -14,9 +14,10 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from holdings import Holdings
 from serve_process import ServeProcess
@@ -104,10 +105,11 @@ def _chosen(names: Sequence[str] | None, times: int | None) -> list[Scenario]:
 @contextmanager
 def _running_service(options: argparse.Namespace) -> Iterator[Target]:
     """`arriero serve` as a user would start it, on a Ray of its own."""
-    model = options.model or create_checkpoint("tiny-maverick", options.out / "tiny-maverick")
     counts = {name: str(getattr(options, name)) for name in ("routers", "shards", "copies", "gateways")}
     flags = [word for name, count in counts.items() for word in (f"--{name}", count)]
-    with ServeProcess("--model", str(model), *flags, *FLAGS, folder=options.out) as service:
+    with TemporaryDirectory(prefix="arriero-chaos-") as folder, ExitStack() as closing:
+        model = options.model or create_checkpoint("tiny-maverick", Path(folder, "tiny-maverick"))
+        service = closing.enter_context(ServeProcess("--model", str(model), *flags, *FLAGS, folder=options.out))
         if not service.ready_line():
             raise SystemExit(f"the service did not start:\n{service.log.read_text()}")
         record = find_record(service.state_home / "arriero")
