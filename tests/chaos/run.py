@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -107,20 +107,20 @@ def _running_service(options: argparse.Namespace) -> Iterator[Target]:
     """`arriero serve` as a user would start it, on a Ray of its own."""
     counts = {name: str(getattr(options, name)) for name in ("routers", "shards", "copies", "gateways")}
     flags = [word for name, count in counts.items() for word in (f"--{name}", count)]
-    with TemporaryDirectory(prefix="arriero-chaos-") as folder, ExitStack() as closing:
+    with TemporaryDirectory(prefix="arriero-chaos-") as folder:
         model = options.model or create_checkpoint("tiny-maverick", Path(folder, "tiny-maverick"))
-        service = closing.enter_context(ServeProcess("--model", str(model), *flags, *FLAGS, folder=options.out))
-        if not service.ready_line():
-            raise SystemExit(f"the service did not start:\n{service.log.read_text()}")
-        record = find_record(service.state_home / "arriero")
-        target = Target(
-            grpc_address=service.address,
-            http_url=f"http://127.0.0.1:{service.http_port}",
-            application=record.app_name,
-            admin_token=record.admin_token,
-        )
-        yield target
-        target.close()
+        with ServeProcess("--model", str(model), *flags, *FLAGS, folder=options.out) as service:
+            if not service.ready_line():
+                raise SystemExit(f"the service did not start:\n{service.log.read_text()}")
+            record = find_record(service.state_home / "arriero", service.address)
+            target = Target(
+                grpc_address=service.address,
+                http_url=f"http://127.0.0.1:{service.http_port}",
+                application=record.app_name,
+                admin_token=record.admin_token,
+            )
+            yield target
+            target.close()
 
 
 def _parser() -> argparse.ArgumentParser:
