@@ -89,8 +89,11 @@ class Target:
         """Of every router that the view shows, which must have all of them; empty when one has not yet."""
         view = self.view()
         routers = {each.member_id for each in view.ready(MemberKind.ROUTER)} if view else set()
-        with urllib.request.urlopen(f"{self._http_url}/metrics", timeout=CALL_S) as answer:
-            families = list(text_string_to_metric_families(answer.read().decode()))
+        try:
+            with urllib.request.urlopen(f"{self._http_url}/metrics", timeout=CALL_S) as answer:
+                families = list(text_string_to_metric_families(answer.read().decode()))
+        except OSError:  # a gateway that has just come may not have found its controller
+            return {}
         samples = [sample for family in families for sample in family.samples if sample.name in IDLE_GAUGES]
         found = {
             f"{sample.name} {member}": sample.value
