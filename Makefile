@@ -3,6 +3,7 @@
 #   make demo    a small service on this machine: make a checkpoint, serve it, stream answers
 #   make demo-model  train the demo model anew into build/demo-model (about an hour on two cores)
 #   make test    lint and all tests
+#   make chaos   kills, stops and cuts under load for CHAOS_MINUTES (60)
 #   make bench   decode and prefill beside transformers, into tests/bench/results
 #   make venv    only the virtual environment .venv
 #   make lint    ruff, mypy, import-linter, and whether the generated stubs are up to date
@@ -13,13 +14,14 @@
 PYTHON ?= python3
 VENV := .venv
 PROTO_VENV := .venv-proto
+CHAOS_MINUTES ?= 60
 BIN := $(VENV)/bin
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-model bench test pytest venv lint format proto proto-check clean
+.PHONY: help demo demo-model bench chaos test pytest venv lint format proto proto-check clean
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -35,6 +37,9 @@ demo-model: venv
 
 bench: venv
 	$(BIN)/arriero bench engine --peers transformers --out tests/bench/results
+
+chaos: venv
+	PYTHONPATH=tests $(BIN)/python -m chaos.run --minutes $(CHAOS_MINUTES) $(CHAOS_ARGS)
 
 test: lint pytest
 

@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+from conditions import WAIT_S, free_port, wait_until
 from ray import serve
 
 from cluster.app import build
@@ -26,8 +25,6 @@ from cluster.control.shard_pool import NAMESPACE
 from cluster.launch.ray_setup import GRPC_SERVICERS
 from cluster.launch.token_file import state_folder
 
-# Ray's processes die slowly on a loaded machine; a condition that holds is seen at once.
-WAIT_S = 60.0
 OBJECT_STORE_BYTES = 128 * 2**20
 
 
@@ -68,14 +65,6 @@ class Service:
         return view
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {timeout_s} s")
-        time.sleep(0.05)
-
-
 def actor_names(prefix: str) -> set[str]:
     """Named actors of ours that live, by the beginning of their names."""
     named = ray.util.list_named_actors(all_namespaces=True)
@@ -86,13 +75,6 @@ def group_names(prefix: str) -> set[str]:
     """Placement groups that exist, by the beginning of their names."""
     table = ray.util.placement_group_table().values()
     return {entry["name"] for entry in table if entry["state"] != "REMOVED" and entry["name"].startswith(prefix)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="session")

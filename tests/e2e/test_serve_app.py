@@ -193,32 +193,6 @@ def test_health_answers_over_grpc_and_http(service: Service, channel: grpc.Chann
         assert response.status == 200
 
 
-def test_a_router_that_is_killed_costs_its_streams_nothing_but_time(run_app: RunApp) -> None:
-    sampling = Sampling(temperature=1.0, max_tokens=300, ignore_eos=True)
-    with run_app("mortal", routers=2, shards=2, stream_interval_ms=0) as service, service.client() as client:
-        streams = [client.generate(PROMPT, sampling=sampling, seed=seed) for seed in range(4)]
-        undisturbed = [tokens(list(stream)) for stream in streams]
-        victim = service.view()["routers"][0]
-        streams = [client.generate(PROMPT, sampling=sampling, seed=seed) for seed in range(4)]
-        received = [list(next(stream).token_ids) for stream in streams]
-        os.kill(victim["pid"], signal.SIGKILL)
-        wait_until(
-            lambda: (
-                {"id": victim["id"], "state": "dead"}.items()
-                <= {member["id"]: member for member in service.view()["routers"]}[victim["id"]].items()
-            ),
-            "the router is seen dead",
-            timeout_s=3,
-        )
-        for stream, got in zip(streams, received, strict=True):
-            got += tokens(list(stream))
-        assert received == undisturbed
-        wait_until(
-            lambda: sum(member["state"] == "ready" for member in service.view()["routers"]) == 2,
-            "Serve has replaced the router",
-        )
-
-
 def test_a_controller_that_is_killed_comes_back_to_the_same_shards(run_app: RunApp) -> None:
     with run_app("reborn", shards=2) as service:
         before = service.view()

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from conftest import free_port, wait_until
+from conditions import free_port, wait_until
 
 MARK = "ARRIERO_TEST_RUN"
 READY_TIMEOUT_S = 120.0

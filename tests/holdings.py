@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import Service
-
 PROC = Path("/proc")
 
 
@@ -22,12 +20,8 @@ class Holdings:
     memory_bytes: int
 
 
-def holdings(service: Service) -> Mapping[str, Holdings]:
-    """Of every process, by the member's id; a router's Serve replica, its engine's parent, is shown beside it."""
-    view = service.view()
-    pids = {member["id"]: member["pid"] for kind in ("gateways", "routers", "shards") for member in view[kind]}
-    pids[view["controller"]["id"]] = view["controller"]["pid"]
-    pids |= {f"{router['id']} (replica)": _parent(router["pid"]) for router in view["routers"]}
+def holdings(pids: Mapping[str, int]) -> Mapping[str, Holdings]:
+    """Of every process that is asked for, by the same names."""
     return {name: _holdings_of(pid) for name, pid in pids.items()}
 
 
@@ -48,7 +42,7 @@ def _target(fd: Path) -> str | None:
         return None
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
     return _status(pid, "PPid")
 
 
