@@ -29,3 +29,12 @@ def test_each_layer_has_a_row_per_task_and_each_shard_is_named() -> None:
     assert [line.split()[:2] for line in lines[1:-1]] == [["1", "sort"], ["1", "add"], ["3", "sort"], ["3", "add"]]
     assert lines[2].endswith("nothing")
     assert lines[-1].split() == ["shard-0", "shard-1"]
+
+
+def test_sixteen_experts_fit_into_a_terminal_of_eighty_columns() -> None:
+    shard_of = {(layer, expert): "shard-0" for layer in (0, 1) for expert in range(16)}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(picture({"reverse": {(0, 15): 3, (1, 11): 1}}, shard_of))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\u2026" not in text
+    assert "expert 15: 100%" in text
