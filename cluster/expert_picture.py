@@ -23,7 +23,9 @@ def picture(counts_of_task: Mapping[str, ExpertCounts], shard_of: Mapping[tuple[
     colour_of = {shard: COLOURS[index % len(COLOURS)] for index, shard in enumerate(sorted(set(shard_of.values())))}
     layers = sorted({layer for layer, _ in shard_of})
     experts = sorted({expert for _, expert in shard_of})
-    table = Table(box=None, padding=(0, 1, 0, 0), caption=_caption(colour_of), caption_justify="left", title_justify="left")
+    table = Table(
+        box=None, padding=(0, 1, 0, 0), caption=_caption(colour_of), caption_justify="left", title_justify="left"
+    )
     for heading in ("layer", "task", *(str(expert) for expert in experts), "busiest"):
         table.add_column(heading, justify="left" if heading in ("task", "busiest") else "right", no_wrap=True)
     for layer in layers:
