@@ -12,8 +12,7 @@ from typing import Any
 import grpc
 
 from cluster.commands.scale import PASSING, POLL_S
-from cluster.commands.status import TIMEOUT_S, TOKEN_ENV, call_admin, find_service
-from cluster.launch.token_file import state_folder
+from cluster.commands.status import TIMEOUT_S, add_address_argument, aligned, call_admin, find_service
 from cluster.v1 import admin_pb2
 
 DECISION_TIMEOUT_S = 70.0
@@ -21,12 +20,7 @@ MAX_LAYERS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address",
-        metavar="HOST:PORT",
-        help="gRPC address of the service. Default: the one started last on this machine. The admin token comes "
-        f"from the service's file in {state_folder()} or from ${TOKEN_ENV}.",
-    )
+    add_address_argument(parser)
     parser.add_argument("--dry-run", action="store_true", help="Only show what would be done, and what it would bring.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of text.")
     parser.add_argument(
@@ -173,12 +167,13 @@ def _busy_table(response: admin_pb2.RebalanceResponse) -> Iterator[str]:
     before, after = response.before, response.after
     yield f"busy in the last {response.span_s:.0f} s: measured, and by the model now and after"
     afterwards = {shard.shard_id: shard for shard in after.shards}
-    yield from _aligned(("SHARD", "SLOTS", "AFTER", "MEASURED", "MODEL", "AFTER"), _shard_rows(before, afterwards))
+    head = ("SHARD", "SLOTS", "AFTER", "MEASURED", "MODEL", "AFTER")
+    yield from aligned([head, *_shard_rows(before, afterwards)])
     yield f"imbalance: {before.imbalance:.3f}" + (f", after {after.imbalance:.3f}" if afterwards else "")
     layers_after = {layer.layer: f"{layer.imbalance:.3f}" for layer in after.layers}
     worst = sorted(before.layers, key=lambda layer: -layer.imbalance)[:MAX_LAYERS]
     rows = [(str(layer.layer), f"{layer.imbalance:.3f}", layers_after.get(layer.layer, "")) for layer in worst]
-    yield from _aligned(("LAYER", "IMBALANCE", "AFTER"), rows)
+    yield from aligned([("LAYER", "IMBALANCE", "AFTER"), *rows])
 
 
 def _shard_rows(
@@ -189,10 +184,3 @@ def _shard_rows(
         measured = f"{shard.measured_busy:.1%}" if shard.HasField("measured_busy") else ""
         slots, busy = ("", "") if then is None else (str(then.num_slots), f"{then.busy:.1%}")
         yield shard.shard_id, str(shard.num_slots), slots, measured, f"{shard.busy:.1%}", busy
-
-
-def _aligned(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    table = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -8,7 +8,7 @@ import time
 
 import grpc
 
-from cluster.commands.status import TIMEOUT_S, call_admin, find_service, get_view
+from cluster.commands.status import TIMEOUT_S, add_address_argument, call_admin, find_service, get_view
 from cluster.v1 import admin_pb2
 
 POLL_S = 0.5
@@ -17,9 +17,7 @@ PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, required=True, metavar="N", help="How many expert shards there shall be.")
-    parser.add_argument(
-        "--address", metavar="HOST:PORT", help="gRPC address of the service; as `arriero status` has it."
-    )
+    add_address_argument(parser)
     parser.add_argument(
         "--timeout-s",
         type=float,

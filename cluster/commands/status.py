@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -20,16 +20,21 @@ NUM_HOTTEST = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_address_argument(parser)
+    parser.add_argument(
+        "--requests", action="store_true", help="Show the oldest requests under way instead of the members."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+
+
+def add_address_argument(parser: argparse.ArgumentParser) -> None:
+    """What ``find_service`` takes."""
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
         help="gRPC address of the service. Default: the one started last on this machine. The admin token comes "
         f"from the service's file in {state_folder()} or from ${TOKEN_ENV}.",
     )
-    parser.add_argument(
-        "--requests", action="store_true", help="Show the oldest requests under way instead of the members."
-    )
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -122,7 +127,7 @@ def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
         rows += [_row("shard", shard.member, str(len(shard.slots)), str(routed))]
     hottest = sorted(view.load, key=lambda load: -load.tokens)[:NUM_HOTTEST]
     load = ", ".join(f"layer {each.layer} expert {each.expert}: {each.tokens}" for each in hottest if each.tokens)
-    return "\n".join([f"{address}  epoch {view.epoch}", *_align(rows), f"most used: {load or 'nothing yet'}"])
+    return "\n".join([f"{address}  epoch {view.epoch}", *aligned(rows), f"most used: {load or 'nothing yet'}"])
 
 
 def requests_to_json(found: admin_pb2.ListRequestsResponse) -> dict[str, Any]:
@@ -149,14 +154,15 @@ def requests_to_table(address: str, found: admin_pb2.ListRequestsResponse) -> st
         )
         for request in found.requests
     ]
-    return "\n".join([f"{address}  {found.num_open} open, oldest first", *_align(rows)])
+    return "\n".join([f"{address}  {found.num_open} open, oldest first", *aligned(rows)])
 
 
 def _row(role: str, member: admin_pb2.Member, experts: str = "", tokens: str = "") -> tuple[str, ...]:
     return role, member.id, str(member.pid), member.node[:12], member.state, experts, tokens
 
 
-def _align(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table; all rows, of which the first is the head, are of one length."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
