@@ -5,9 +5,6 @@ It asks over gRPC and through the `openai` client, checks every answer, and show
 
 from __future__ import annotations
 
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +26,7 @@ from cluster.client_types import Sampling
 from cluster.commands.status import find_service, get_view
 from cluster.expert_picture import ExpertCounts, picture
 from cluster.front.chat import ChatMessage
+from cluster.launch.served import NotServedError, Served
 from cluster.terminal_text import printable
 from cluster.v1 import admin_pb2
 
@@ -40,17 +38,9 @@ MIN_ACCURACY = 0.95
 MAX_TOKENS = 64
 SEED = 4
 GREEDY = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
-STOP_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 20.0
 ANSWER_STYLE = "cyan"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Addresses:
-    """host:port of both front doors."""
-
-    grpc: str
-    http: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +65,12 @@ def main() -> int:
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="arriero-demo-") as folder:
         log = Path(folder, "serve.log")
-        with log.open("w") as log_file, running_service(console, log_file) as addresses:
-            if addresses is None:
-                print(log.read_text(), file=sys.stderr)
-                return 1
-            wrong_tasks = show(console, addresses)
+        try:
+            with log.open("w") as log_file, running_service(console, log_file) as service:
+                wrong_tasks = show(console, service)
+        except NotServedError as error:
+            print(f"{log.read_text()}demo: {error}", file=sys.stderr)
+            return 1
     console.print("\nstopped; nothing is left", style="bold")
     if wrong_tasks:
         print(f"demo: fewer than {MIN_ACCURACY:.0%} right: {', '.join(wrong_tasks)}", file=sys.stderr)
@@ -87,48 +78,31 @@ def main() -> int:
 
 
 @contextmanager
-def running_service(console: Console, log_file: IO[str]) -> Iterator[Addresses | None]:
-    """`arriero serve` as a user would start it; None where it did not start."""
-    grpc_port, http_port = free_ports(2)
+def running_service(console: Console, log: IO[str]) -> Iterator[Served]:
+    """`arriero serve` as a user would start it. Raises NotServedError."""
     flags = ["--routers", "1", "--shards", str(NUM_SHARDS)]
-    flags += ["--grpc-port", str(grpc_port), "--http-port", str(http_port)]
     console.print(f"\narriero serve {' '.join(flags)}", style="bold")
     started_s = time.perf_counter()
-    command = [sys.executable, "-m", "cluster.cli", "serve", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log_file, text=True)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline().strip()
-        took_s = time.perf_counter() - started_s
-        console.print(f"{line}  (after {took_s:.1f} s)" if line else "it did not start", markup=False)
-        addresses = Addresses(grpc=f"127.0.0.1:{grpc_port}", http=f"127.0.0.1:{http_port}")
-        yield addresses if line else None
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(STOP_TIMEOUT_S)
+    with Served(flags, ready_timeout_s=READY_TIMEOUT_S, log=log) as service:
+        console.print(f"{service.ready_line}  (after {time.perf_counter() - started_s:.1f} s)", markup=False)
+        yield service
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def show(console: Console, addresses: Addresses) -> list[str]:
+def show(console: Console, service: Served) -> list[str]:
     """Returns the tasks that fell short of MIN_ACCURACY."""
     samples = {task: held_out_samples(task, NUM_CHECKED, SEED) for task in TASKS}
     answers: list[Answer] = []
-    with ArrieroClient(addresses.grpc) as client:
+    with ArrieroClient(service.grpc_address) as client:
         console.print("\nover gRPC, one at a time", style="bold")
         answers += [shown(console, each[0], grpc_pieces(client, each[0])) for each in samples.values()]
         console.print("\nthrough the openai client", style="bold")
-        with OpenAI(base_url=f"http://{addresses.http}/v1", api_key="none") as openai_client:
+        with OpenAI(base_url=f"{service.http_url}/v1", api_key="none") as openai_client:
             answers += [shown(console, each[1], http_pieces(openai_client, each[1])) for each in samples.values()]
-        view = settled_view(addresses.grpc, after={}, num_tokens=sum(each.num_computed_tokens for each in answers))
+        view = settled_view(
+            service.grpc_address, after={}, num_tokens=sum(each.num_computed_tokens for each in answers)
+        )
         console.print(f"\n{NUM_CHECKED} prompts that it was not trained on, per task", style="bold")
-        return check_tasks(console, client, addresses, samples, view)
+        return check_tasks(console, client, service, samples, view)
 
 
 def grpc_pieces(client: ArrieroClient, sample: Sample) -> Iterator[Heard]:
@@ -191,7 +165,7 @@ def heard(pieces: Iterator[Heard], each: Callable[[str], None]) -> Answer:
 def check_tasks(
     console: Console,
     client: ArrieroClient,
-    addresses: Addresses,
+    service: Served,
     samples: dict[str, list[Sample]],
     view: admin_pb2.GetViewResponse,
 ) -> list[str]:
@@ -207,7 +181,9 @@ def check_tasks(
         if num_right < MIN_ACCURACY * len(of_task):
             wrong_tasks.append(task)
         console.print(f"  {task:8} {num_right} of {len(of_task)} right, {rates(answers, took_s)}", markup=False)
-        view = settled_view(addresses.grpc, after=before, num_tokens=sum(each.num_computed_tokens for each in answers))
+        view = settled_view(
+            service.grpc_address, after=before, num_tokens=sum(each.num_computed_tokens for each in answers)
+        )
         counts_of_task[task] = {slot: count - before.get(slot, 0) for slot, count in counts_of(view).items()}
     console.print("\nwhich experts served which task", style="bold")
     shard_of = {(slot.layer, slot.expert): shard.member.id for shard in view.shards for slot in shard.slots}

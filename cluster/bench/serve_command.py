@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.model or preset_checkpoint(arguments.preset, arguments.cache)
     vocab_size = read_model_config(folder).vocab_size
     from cluster.bench import serve_bench
-    from cluster.bench.served import Served
     from cluster.bench.stream_timing import Goal
+    from cluster.launch.served import Served
 
     hardware = describe_hardware()
     with ExitStack() as closing:
