@@ -304,7 +304,6 @@ class LaneDispatcher:
         if peer.shard_id not in self._peers:
             # Lost in this very turn.
             return
-        peer.has_moved = True
         if events & ~(WRITE | NEWS):
             peer.link.hear()
         refused = None

@@ -35,14 +35,13 @@ class Patience:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Peer:
-    """Lives, as far as is known. requests: under way to it, the oldest first. has_moved: since the last look something
-    came in. progress: the link's, at the last look; still_s: for how long it has been that."""
+    """Lives, as far as is known. requests: under way to it, the oldest first. progress: the link's, at the last look;
+    still_s: for how long it has been that."""
 
     shard_id: ShardId
     link: Link
     dtype: torch.dtype
     requests: list[LaneRequest] = field(default_factory=list)
-    has_moved: bool = False
     progress: int = -1
     still_s: float = 0.0
 
@@ -57,14 +56,13 @@ class Peer:
 
     def complaint(self, patience: Patience, *, now: float, passed_s: float, waiting_since: float) -> str | None:
         """A look at one that owes rows: why it is to be given up, or None. passed_s: since the last look, as far as it
-        counts. One whose answer is just coming in at its deadline gets as long again, no more."""
-        has_moved, self.has_moved = self.has_moved, False
+        counts. One that is at work at its deadline gets as long again, no more."""
         progress = self.link.progress
         self.still_s = self.still_s + passed_s if progress == self.progress else 0.0
         self.progress = progress
         if self.still_s >= patience.silence_s:
             return f"no sign of work for {patience.silence_s:g} s"
         deadline = self.requests[0].deadline
-        if has_moved:
+        if not self.still_s:
             deadline = max(deadline, waiting_since) + patience.timeout_s
         return f"no answer within {patience.timeout_s:g} s" if now > deadline else None
