@@ -115,7 +115,8 @@ def _compile(compiler: str, sources: Sequence[Path], include: Sequence[Path], pa
     objects = []
     for source in sources:
         objects.append(str(path.parent / f"{source.stem}.o"))
-        headers = [f"-I{each}" for each in include]
+        # The source's own folder, too: a header that lies elsewhere may include what lies beside the source.
+        headers = [f"-I{each}" for each in (source.parent, *include)]
         _run([compiler, *COMPILE, *headers, "-c", str(source), "-o", objects[-1]])
     _run([compiler, *objects, *LINK, "-o", str(path)])
     return path

@@ -7,15 +7,5 @@
 
 #include "team.h"
 
-#define TYPED(name) name##_float
-#define ELEMENT float
-#define WORD_ELEMENTS 1
-#include "matmul.inc.h"
-#undef TYPED
-#undef ELEMENT
-#undef WORD_ELEMENTS
-
-#define TYPED(name) name##_bfloat16
-#define ELEMENT uint16_t
-#define WORD_ELEMENTS 2
-#include "matmul.inc.h"
+#define TEMPLATE "matmul.inc.h"
+#include "each_element.h"

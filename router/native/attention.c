@@ -24,15 +24,5 @@ typedef struct {
   int64_t first_token, num_tokens, num_visible, table;
 } Tile;
 
-#define TYPED(name) name##_float
-#define ELEMENT float
-#define WORD_ELEMENTS 1
-#include "attention.inc.h"
-#undef TYPED
-#undef ELEMENT
-#undef WORD_ELEMENTS
-
-#define TYPED(name) name##_bfloat16
-#define ELEMENT uint16_t
-#define WORD_ELEMENTS 2
-#include "attention.inc.h"
+#define TEMPLATE "attention.inc.h"
+#include "each_element.h"

@@ -2,18 +2,8 @@
 
 #include "team.h"
 
-#define TYPED(name) name##_float
-#define ELEMENT float
-#define WORD_ELEMENTS 1
-#include "layer.inc.h"
-#undef TYPED
-#undef ELEMENT
-#undef WORD_ELEMENTS
-
-#define TYPED(name) name##_bfloat16
-#define ELEMENT uint16_t
-#define WORD_ELEMENTS 2
-#include "layer.inc.h"
+#define TEMPLATE "layer.inc.h"
+#include "each_element.h"
 
 /* Each row's largest number, NaN if it has one, and where it first is. rows [num_rows, width]. */
 void largest_of_rows(const float *rows, int64_t num_rows, int64_t width, float *largest, int64_t *places,
