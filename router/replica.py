@@ -108,6 +108,7 @@ class Router:
             await asyncio.to_thread(self.close)
             raise
         self._is_ready.set()
+        # Kept: the event loop itself holds no task.
         self._minding = asyncio.create_task(self._mind_silence())
         logger.info("%s is ready, engine process %d: %s", start.router_id, ready.pid, ready.capacity)
         return ready

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conditions import free_port
 from safetensors.torch import load_file, save_file
 
 from cluster import cli
@@ -45,12 +46,6 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return captured.err
 
     return start
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def change_config(model: Path, **changes: Any) -> None:
