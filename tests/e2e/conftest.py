@@ -26,6 +26,7 @@ from cluster.launch.ray_setup import GRPC_SERVICERS
 from cluster.launch.token_file import state_folder
 
 OBJECT_STORE_BYTES = 128 * 2**20
+MEASURED = "measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +141,16 @@ Tell = Callable[[str], None]
 
 
 @pytest.fixture
-def tell(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Tell:
-    """Prints what was measured, whether the test passes or not."""
+def tell(record_property: Callable[[str, object], None]) -> Tell:
+    """What was measured, printed when all tests are done, whether this one passes or not."""
+    return lambda message: record_property(MEASURED, message)
 
-    def tell(message: str) -> None:
-        with capsys.disabled():
-            print(f"\n{request.node.name}: {message}")
 
-    return tell
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # Only here: what a test prints in a process of its own reaches nobody.
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.getreports(key)]
+    told = [(report.nodeid, text) for report in reports for key, text in report.user_properties if key == MEASURED]
+    if told:
+        terminalreporter.section("measured")
+    for node_id, text in told:
+        terminalreporter.write_line(f"{node_id.partition('::')[2]}: {text}")
