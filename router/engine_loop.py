@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Protocol
 from experts.epoch import Epoch
 from experts.placement import ShardId
 from router.choice_id import log_fields
+from router.epoch_pause import EpochPauseMeter
 from router.epoch_switch import EpochSwitch
 from router.heartbeat import HeartbeatThread
 from router.messages import (
@@ -98,6 +100,7 @@ class EngineLoop:
         self._links = links
         self._heartbeat = heartbeat
         self._epochs = epochs
+        self._pauses = EpochPauseMeter()
         self._told_lanes: LanesChanged | None = None
         self._open: dict[str, OpenRequest] = {}
         self._begun: defaultdict[str, list[RequestAttempt]] = defaultdict(list)
@@ -127,6 +130,7 @@ class EngineLoop:
     def _next_message(self) -> ToEngine | None:
         if self._engine.has_work:
             return self._message_at_hand()
+        self._pauses.rests()
         self._heartbeat.update(self._engine.stats())
         try:
             return self._inbox.get(timeout=_BACKLOG_WAIT_S if self._links.have_backlog else _IDLE_WAIT_S)
@@ -148,12 +152,17 @@ class EngineLoop:
             case PrepareEpoch(epoch=epoch) if self._epochs is not None:
                 self._epochs.prepare(Epoch.from_dict(epoch), self._tell_prepared)
             case AdoptEpoch(number=number) if self._epochs is not None:
-                if self._epochs.adopt(number):
-                    self._engine.resume_parked()
+                self._adopt(self._epochs, number)
             case AbandonEpoch(number=number) if self._epochs is not None:
                 self._epochs.abandon(number)
             case _:
                 raise AssertionError(f"{type(message).__name__} is no message for a running engine")
+
+    def _adopt(self, epochs: EpochSwitch, number: int) -> None:
+        began_s = time.monotonic()
+        if epochs.adopt(number):
+            self._engine.resume_parked()
+            self._pauses.epoch_adopted(number, began_s)
 
     def _tell_prepared(self, number: int, unreachable: Mapping[ShardId, str]) -> None:
         """In the thread that has opened the last link."""
@@ -212,9 +221,13 @@ class EngineLoop:
 
     def _step(self) -> None:
         self._heartbeat.step_begins()
+        began_s = time.monotonic()
         outputs = self._engine.step()
+        pause = self._pauses.step_ended(began_s, time.monotonic())
         self._heartbeat.step_ended()
         self._deliver(outputs)
+        if pause is not None:
+            logger.info("%s", pause.sentence)
         if self._heartbeat.is_due:
             self._heartbeat.update(self._engine.stats())
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import grpc
 import pytest
-from conftest import RunApp, Service, wait_until
+import service_log
+from conftest import RunApp, Service, Tell, wait_until
 from crowd import WHOLE_S, Crowd
 
 from cluster.commands.scale import PASSING, is_done
@@ -44,8 +46,15 @@ def scale(service: Service, admin: admin_pb2_grpc.AdminServiceStub, num_shards: 
     wait_until(is_so, f"{num_shards} shards serve", timeout_s=WHOLE_S)
 
 
+def epoch_pauses(router_id: str) -> dict[int, float]:
+    """Milliseconds, as the router has logged them; an epoch that found it idle has none."""
+    lines = (line for line in service_log.lines() if f"{router_id}-engine" in line)
+    found = (re.search(r"epoch (\d+): pause ([\d.]+) ms", line) for line in lines)
+    return {int(each[1]): float(each[2]) for each in found if each is not None}
+
+
 def test_streams_do_not_notice_that_shards_come_and_go(
-    elastic: Service, admin: admin_pb2_grpc.AdminServiceStub
+    elastic: Service, admin: admin_pb2_grpc.AdminServiceStub, tell: Tell
 ) -> None:
     undisturbed = Crowd(elastic, "undisturbed").finish()
     epoch = elastic.view()["epoch"]
@@ -59,6 +68,9 @@ def test_streams_do_not_notice_that_shards_come_and_go(
     assert view["epoch"] >= epoch + 3
     slots = sorted(tuple(slot) for shard in view["shards"] for slot in shard["slots"])
     assert len(slots) == len(set(slots)) == 4 * 8
+    pauses = epoch_pauses(view["routers"][0]["id"])
+    assert pauses, "no epoch came in the middle of a stream"
+    tell(f"pauses in ms by epoch: {pauses}")
 
 
 def test_scaling_needs_the_token_and_a_number_that_can_be(
