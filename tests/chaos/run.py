@@ -13,26 +13,20 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from holdings import Holdings
-from serve_process import ServeProcess
 
 from chaos import report
 from chaos.arena import Arena
 from chaos.scenario import LONG, Scenario
-from chaos.target import Target
-from cluster.checkpoints.presets import create_checkpoint
-from cluster.launch.token_file import find_record
+from chaos.service import running_service
 
 MAX_TOKENS = 200
 # From then on memory may not grow: what is made on first use has been made.
 WARM_SHARE = 1 / 6
-FLAGS = ("--dtype", "float32", "--stream-interval-ms", "0", "--num-kv-blocks", "1024")
 
 
 class Run:
@@ -75,7 +69,9 @@ def main() -> int:
     scenarios = _chosen(options.scenario, options.times)
     _tell(f"seed {seed}, {options.streams} streams, {options.routers} routers, {options.shards} shards")
     options.out.mkdir(parents=True, exist_ok=True)
-    with _running_service(options) as target:
+    counts = {name: str(getattr(options, name)) for name in ("routers", "shards", "copies", "gateways")}
+    flags = [word for name, count in counts.items() for word in (f"--{name}", count)]
+    with running_service(flags, folder=options.out, model=options.model) as target:
         arena = Arena(target, num_streams=options.streams, max_tokens=MAX_TOKENS, seed=seed, tell=_tell)
         run = Run(arena, options.minutes)
         failure = None
@@ -100,27 +96,6 @@ def _chosen(names: Sequence[str] | None, times: int | None) -> list[Scenario]:
     by_name = {scenario.name: scenario for scenario in LONG}
     chosen = [by_name[name] for name in names] if names else list(LONG)
     return chosen if times is None else [replace(scenario, times=times) for scenario in chosen]
-
-
-@contextmanager
-def _running_service(options: argparse.Namespace) -> Iterator[Target]:
-    """`arriero serve` as a user would start it, on a Ray of its own."""
-    counts = {name: str(getattr(options, name)) for name in ("routers", "shards", "copies", "gateways")}
-    flags = [word for name, count in counts.items() for word in (f"--{name}", count)]
-    with TemporaryDirectory(prefix="arriero-chaos-") as folder:
-        model = options.model or create_checkpoint("tiny-maverick", Path(folder, "tiny-maverick"))
-        with ServeProcess("--model", str(model), *flags, *FLAGS, folder=options.out) as service:
-            if not service.ready_line():
-                raise SystemExit(f"the service did not start:\n{service.log.read_text()}")
-            record = find_record(service.state_home / "arriero", service.address)
-            target = Target(
-                grpc_address=service.address,
-                http_url=f"http://127.0.0.1:{service.http_port}",
-                application=record.app_name,
-                admin_token=record.admin_token,
-            )
-            yield target
-            target.close()
 
 
 def _parser() -> argparse.ArgumentParser:

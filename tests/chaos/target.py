@@ -60,6 +60,11 @@ class Target:
         assert seen[0] is not None
         return seen[0]
 
+    def scale_shards(self, num_shards: int) -> set[str]:
+        """The ids of those that will be there. Raises grpc.RpcError."""
+        request = admin_pb2.ScaleShardsRequest(num_shards=num_shards)
+        return set(self._admin.ScaleShards(request, timeout=CALL_S, metadata=self._metadata).shard_ids)
+
     def requests_of(self, router_id: str) -> set[str]:
         """The ids of requests that a router works on, as of half a second ago."""
         response = self._call(self._admin.ListRequests, admin_pb2.ListRequestsRequest(max_requests=1000))
