@@ -100,7 +100,7 @@ class EngineChild:
                 self._on_message(message)
         except (EOFError, OSError):
             return
-        except msgspec.ValidationError as error:
+        except msgspec.DecodeError as error:
             self._failure = f"the engine process sent no message of ours: {error}"
 
     def _write(self, pipe: Connection) -> None:

@@ -6,7 +6,7 @@ Three conversations use them:
 - engine process -> replica, over the same pipe: Ready or Failed, then Finished, Heartbeat, EpochPrepared, LanesChanged;
 - engine process -> gateway, over one TCP connection per gateway: TokenBatches, mostly one per step;
 - gateway -> engine process, over the same connection: Aborts.
-Decoding validates every field's type; a message that does not fit raises msgspec.ValidationError.
+Decoding validates every field's type; what does not fit, or is no MessagePack, raises msgspec.DecodeError.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class ReplicaPipe:
                 self.inbox.put(decode_to_engine(self._connection.recv_bytes()))
         except (EOFError, OSError) as error:
             self._end(f"the replica has hung up {error}")
-        except msgspec.ValidationError as error:
+        except msgspec.DecodeError as error:
             self._end(f"the replica sent no message of ours: {error}")
 
     def _end(self, reason: str) -> NoReturn:

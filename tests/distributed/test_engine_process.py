@@ -28,7 +28,7 @@ from engine_harness import (
     wait_until,
     wait_until_async,
 )
-from scripted_engine import FAILING_STEP, HANGING_STEP, NUM_BLOCKS, REFUSED, SILENT
+from scripted_engine import BABBLE, FAILING_STEP, HANGING_STEP, NUM_BLOCKS, REFUSED, SILENT
 
 from cluster.front.token_stream import StreamBrokenError
 from router.engine_client import EngineClient, EngineDiedError
@@ -81,6 +81,17 @@ def test_an_engine_that_cannot_be_built_says_why_and_is_gone() -> None:
         client.start(start_message("unbuildable"), READY_S)
     wait_until(lambda: has_gone(client.pid))
     client.close(CLOSE_S)
+
+
+@pytest.mark.parametrize("model", BABBLE)
+def test_an_engine_that_sends_no_messages_of_ours_has_failed(model: str) -> None:
+    client = EngineClient(module="scripted_engine")
+    try:
+        with pytest.raises(EngineDiedError, match="the engine process sent no message of ours"):
+            client.start(start_message(model), READY_S)
+    finally:
+        client.close(CLOSE_S)
+    assert has_gone(client.pid)
 
 
 def test_a_missing_checkpoint_is_named_by_the_real_engine_process(tmp_path: Path) -> None:
