@@ -13,6 +13,8 @@ from cluster.bench.peers.line_protocol import Setup, serve
 
 # The engine must be stepped, and timed, from this process.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# Of the machine's memory, for each worker: others are measured in the same run, and what vLLM asks for must be free.
+MEMORY_SHARE = 0.3
 
 
 class VllmPeer:
@@ -29,6 +31,7 @@ class VllmPeer:
             max_model_len=setup.max_tokens,
             max_num_seqs=setup.max_sequences,
             max_num_batched_tokens=2048,
+            gpu_memory_utilization=MEMORY_SHARE,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
         )
