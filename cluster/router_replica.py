@@ -39,6 +39,7 @@ class RouterReplica:
         self._routers: dict[int, RouterMember] = {}
         self._failed: dict[int, str] = {}
         self._starting: int | None = None
+        self._told_in_order: tuple[int, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_leaving = threading.Event()
         self._service = parse_config(config)
@@ -117,8 +118,11 @@ class RouterReplica:
         timer.start()
 
     def _follow_weights(self, told: dict[str, Any]) -> None:
-        """told: see Updating.versions_told."""
-        wanted = told["wanted"]
+        """told: see Updating.versions_told. Each router here hears it, and not always in the same order."""
+        order = tuple(told["order"])
+        if order < self._told_in_order:
+            return
+        self._told_in_order, wanted = order, told["wanted"]
         for version in self._failed.keys() - set(wanted):
             del self._failed[version]
         change = version_change(wanted=wanted, ready=self._routers, failed=self._failed, starting=self._starting)
@@ -134,9 +138,9 @@ class RouterReplica:
         logger.info("weights version %d: starting %s", version, router.member.member_id)
         try:
             await router.start(version)
-        except Exception as error:
-            logger.exception("no router of weights version %d", version)
+        except Exception as error:  # noqa: BLE001 whatever it is, the controller hears it
             self._failed[version] = str(error) or type(error).__name__
+            logger.error("no router of weights version %d: %s", version, self._failed[version])
         else:
             self._routers[version] = router
         finally:

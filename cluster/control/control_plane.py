@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.control.desired_state import DesiredState, Memory, Store
+from cluster.control.desired_state import DesiredState, Memory
 from cluster.control.expert_tier import ExpertTier
 from cluster.control.load_ledger import LoadLedger
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, Membership
+from cluster.control.outside import Outside
 from cluster.control.rebalancing import Rebalancing
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
-from cluster.control.shard_fleet import ShardPool, ShardReport
+from cluster.control.shard_fleet import ShardReport
 from cluster.control.shard_watch import ShardWatch
 from cluster.control.updating import Updating
 from cluster.control.weight_lines import served_model
@@ -40,31 +40,8 @@ FORGET_DEAD_AFTER_S = 60.0
 APP_WATCH_PERIOD_S = 1.0
 
 
-class Apps(Protocol):
-    async def is_present(self, app_name: str) -> bool | None:
-        """Whether Serve has the application; None when Serve does not answer."""
-        ...
-
-
-class Probe(Protocol):
-    async def has_died(self, process: Any) -> bool:
-        """Whether the process behind a member's handle has ended; False when that cannot be told in time."""
-        ...
-
-
 class RetiringError(RuntimeError):
     """This service is being removed: whoever wants to join must wait for the next controller."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outside:
-    """What the control plane acts on."""
-
-    store: Store
-    apps: Apps
-    pool: ShardPool
-    probe: Probe
-    clock: Callable[[], float] = time.monotonic
 
 
 class ControlPlane:

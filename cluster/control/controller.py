@@ -12,10 +12,11 @@ from typing import Any
 import ray
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.control.control_plane import ControlPlane, Outside, RetiringError
+from cluster.control.control_plane import ControlPlane, RetiringError
 from cluster.control.kv_store import KvStore
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.control.outside import Outside
 from cluster.control.serve_apps import ServeApps
 from cluster.control.shard_pool import RayShardPool
 from cluster.control.updating import UpdateRefusedError

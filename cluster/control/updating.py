@@ -62,6 +62,7 @@ class Updating:
         self._all_known_at_s = all_known_at_s
         self._on_news = on_news
         self._state_began_s = clock()
+        self._num_steps = 0
         self._beginning = asyncio.Lock()
 
     def note(self, member_id: MemberId, report: MemberReport) -> None:
@@ -75,12 +76,13 @@ class Updating:
 
     def versions_told(self) -> dict[str, Any]:
         """What every member hears. served: the version that new requests get. wanted: those of which each replica
-        should have a router, and a resumed request may be."""
+        should have a router, and a resumed request may be. order: grows with what is told."""
         state = self._memory.state
         other = None if state.other is None else state.other.weights_version
         update_state = None if state.update is None else UpdateState(state.update.state)
         wanted = wanted_versions(update_state, served=state.weights_version, other=other)
-        return {"served": state.weights_version, "wanted": list(wanted)}
+        order = [state.term, self._num_steps]
+        return {"served": state.weights_version, "wanted": list(wanted), "order": order}
 
     def line_for_router(self, weights_version: int | None) -> WeightLine:
         """None: the served one. Raises ValueError for a version that no router should have."""
@@ -156,7 +158,7 @@ class Updating:
         )
         other = OtherWeights(weights_version=version, model=model)
         await self._memory.change(update=update, other=other, last_version=version)
-        self._state_began_s = self._clock()
+        self._state_began_s, self._num_steps = self._clock(), self._num_steps + 1
         logger.info("%s: weights version %d, of %s", update.update_id, version, model)
         self._on_news()
         return update.update_id
@@ -164,7 +166,7 @@ class Updating:
     async def _take(self, update: WeightUpdate, step: Step) -> None:
         after = msgspec.structs.replace(update, state=step.state, reason=step.reason or update.reason)
         await self._memory.update(lambda state: {**_other_changes(state, step.state), "update": after})
-        self._state_began_s = self._clock()
+        self._state_began_s, self._num_steps = self._clock(), self._num_steps + 1
         log = logger.info if step.reason is None else logger.warning
         log("%s: %s%s", update.update_id, step.state, f": {step.reason}" if step.reason else "")
         self._on_news()

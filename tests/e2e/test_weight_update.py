@@ -3,6 +3,8 @@ version."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from cluster.checkpoints.presets import create_checkpoint
 from cluster.client import ArrieroClient
 from cluster.client_types import RetryPolicy
 from cluster.control.shard_pool import NAMESPACE
-from cluster.v1 import admin_pb2, admin_pb2_grpc
+from cluster.v1 import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 pytestmark = pytest.mark.cluster
 
@@ -163,3 +165,83 @@ def test_an_update_in_the_middle_of_200_requests_loses_none_and_each_is_answered
     assert sum(sum(held.values()) for held in versions_in_shards(service)) == 4 * 8
     wait_until(lambda: len(service.view()["routers"]) == 2, "the old routers are gone")
     tell(f"{len(by_old)} answers of the old version, {len(by_new)} of the new; {num_across} went on across the switch")
+
+
+def kill_a_shard(service: Service) -> None:
+    victim = next(shard for shard in service.view()["shards"] if shard["state"] == "ready")
+    os.kill(victim["pid"], signal.SIGKILL)
+    wait_until(lambda: state_of(service, victim["id"]) in (None, "dead"), "the shard is gone")
+
+
+def state_of(service: Service, shard_id: str) -> str | None:
+    return next((shard["state"] for shard in service.view()["shards"] if shard["id"] == shard_id), None)
+
+
+def kill_a_router(service: Service) -> None:
+    """The replica goes with its engine, and with the other version's."""
+    victim = next(router for router in service.view()["routers"] if router["state"] == "ready")
+    os.kill(victim["pid"], signal.SIGKILL)
+
+
+def kill_the_controller(service: Service) -> None:
+    os.kill(service.view()["controller"]["pid"], signal.SIGKILL)
+
+
+def test_a_shard_a_router_and_the_controller_die_in_an_update_and_no_stream_notices(
+    service: Service, asker: Asker, tiny_maverick: Path
+) -> None:
+    """The weights of the start come back, as another version; no expert has a second copy."""
+    before = service.view()["weights_version"]
+    old = asker.tokens_of(LONG)
+    for ask in LONG:
+        asker.begin(ask, again=True)
+    wait_until(lambda: len(asker.answers) >= 2, "answers of the old version", timeout_s=WHOLE_S)
+    begin_update(service, tiny_maverick)
+    for state, strike in (("starting_routers", kill_a_shard), ("draining", kill_the_controller)):
+        wait_for_state(service, state, "done")
+        strike(service)
+    kill_a_router(service)
+    wait_for_state(service, "done")
+    num_before = len(asker.answers)
+    wait_until(
+        lambda: len(asker.answers) >= num_before + 2 * len(LONG), "answers of the new version", timeout_s=WHOLE_S
+    )
+    answers = asker.finish()
+    new = asker.tokens_of(LONG)
+    assert {answer.weights_version for answer in answers} == {before, before + 1}
+    for answer in answers:
+        assert answer.token_ids == (old if answer.weights_version == before else new)[answer.ask.seed]
+    gone = {before + 1}
+    wait_until(lambda: all(set(held) == gone for held in versions_in_shards(service)), "the old weights are gone")
+
+
+def test_what_cannot_be_taken_up_is_refused_and_named(service: Service, tiny_maverick: Path, tmp_path: Path) -> None:
+    served = service.view()["model"]
+    other = create_checkpoint("tiny-scout", tmp_path / "scout")
+    for model, code, told in (
+        (Path(served), grpc.StatusCode.FAILED_PRECONDITION, "has the weights of"),
+        (other, grpc.StatusCode.INVALID_ARGUMENT, "num_local_experts is 4, the service has 8"),
+        (tmp_path / "nothing", grpc.StatusCode.INVALID_ARGUMENT, "no such folder"),
+    ):
+        with pytest.raises(grpc.RpcError) as failure:
+            begin_update(service, model)
+        assert failure.value.code() is code
+        assert told in failure.value.details()
+    with grpc.insecure_channel(service.cluster.grpc_address) as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as failure:
+            stub.UpdateWeights(admin_pb2.UpdateWeightsRequest(), metadata=service.metadata, timeout=60)
+    assert failure.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_stream_of_weights_that_are_gone_is_not_resumed_by_others(service: Service) -> None:
+    request = generation_pb2.GenerateRequest(
+        token_ids=generation_pb2.TokenIds(ids=ASKS[0].prompt_ids), request_id="r", seed=1, weights_version=0
+    )
+    request.resume_token_ids.add(choice_index=0, token_ids=[5, 6])
+    with grpc.insecure_channel(service.cluster.grpc_address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as failure:
+            list(stub.Generate(request, metadata=service.metadata, timeout=60))
+    assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "weights_version: 0 is not served any more" in failure.value.details()

@@ -9,9 +9,10 @@ from typing import Any
 
 from cluster.balance.expert_traffic import SlotTraffic
 from cluster.config import ServiceConfig
-from cluster.control.control_plane import ControlPlane, Outside
+from cluster.control.control_plane import ControlPlane
 from cluster.control.desired_state import DesiredState, decode_state, encode_state
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.control.outside import Outside
 from cluster.control.shard_fleet import ShardDied, ShardRefused, ShardReport
 from cluster.control.shard_work import ShardWork
 from experts.epoch import Epoch, ShardAddress

@@ -62,6 +62,10 @@ class Update:
         assert progress is not None
         return str(progress["state"])
 
+    def told(self) -> tuple[int, list[int]]:
+        told = self.life.plane.updating.versions_told()
+        return told["served"], told["wanted"]
+
     def versions(self) -> list[int]:
         return sorted(each.weights_version for each in self.life.routers)
 
@@ -137,12 +141,12 @@ async def test_new_requests_get_the_new_version_once_it_is_everywhere_and_the_ol
         update.open_versions, update.may_start = {1}, False
         await update.begin()
         await update.until(lambda: update.state == "starting_routers")
-        assert update.life.plane.updating.versions_told() == {"served": 1, "wanted": [1, 2]}
+        assert update.told() == (1, [1, 2])
         assert update.models_in_shards() == [{1, 2}] * 2
         update.may_start = True
         await update.until(lambda: update.state == "draining")
         assert update.versions() == [1, 1, 2, 2]
-        assert update.life.plane.updating.versions_told() == {"served": 2, "wanted": [1, 2]}
+        assert update.told() == (2, [1, 2])
         for _ in range(50):
             await update.until(lambda: True)
             update.world.now_s += 0.1
