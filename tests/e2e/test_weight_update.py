@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ import ray
 from answers import Ask
 from conftest import RunApp, Service, Tell, wait_until
 from crowd import ASKS, WHOLE_S
+from ray.exceptions import RayError
 
 from cluster.checkpoints.presets import create_checkpoint
 from cluster.client import ArrieroClient
@@ -111,6 +113,21 @@ def asker(service: Service) -> Iterator[Asker]:
     made.close()
 
 
+def view_of(service: Service) -> dict[str, Any]:
+    """Also of a controller that is on its way back."""
+    found: list[dict[str, Any]] = []
+
+    def answers() -> bool:
+        try:
+            found.append(service.view())
+        except RayError:
+            return False
+        return True
+
+    wait_until(answers, "the controller answers", timeout_s=WHOLE_S)
+    return found[-1]
+
+
 def call(service: Service, method: Callable[[admin_pb2_grpc.AdminServiceStub], object], request: object) -> object:
     with grpc.insecure_channel(service.cluster.grpc_address) as channel:
         stub = method(admin_pb2_grpc.AdminServiceStub(channel))
@@ -123,12 +140,12 @@ def begin_update(service: Service, model: Path) -> str:
 
 
 def wait_for_state(service: Service, *states: str) -> None:
-    wait_until(lambda: service.view()["update"]["state"] in states, f"one of {states}", timeout_s=WHOLE_S)
+    wait_until(lambda: view_of(service)["update"]["state"] in states, f"one of {states}", timeout_s=WHOLE_S)
 
 
 def versions_in_shards(service: Service) -> list[dict[int, int]]:
     """Of each shard, how many slots it holds of each version."""
-    shards = [shard["id"] for shard in service.view()["shards"] if shard["state"] == "ready"]
+    shards = [shard["id"] for shard in view_of(service)["shards"] if shard["state"] == "ready"]
     actors = [ray.get_actor(f"{service.app_name}:{shard}", namespace=NAMESPACE) for shard in shards]
     return [dict(stats["num_slots_by_version"]) for stats in ray.get([actor.stats.remote() for actor in actors])]
 
@@ -159,39 +176,39 @@ def test_an_update_in_the_middle_of_200_requests_loses_none_and_each_is_answered
     first_new_s = min(answer.began_s for answer in by_new)
     num_across = sum(answer.ended_s > first_new_s for answer in by_old)
     assert num_across > 0, "no stream of the old version was open when the new one answered"
-    view = service.view()
+    view = view_of(service)
     assert (view["update"]["update_id"], view["weights_version"]) == (update_id, 2)
     wait_until(lambda: all(set(held) == {2} for held in versions_in_shards(service)), "the old weights are gone")
     assert sum(sum(held.values()) for held in versions_in_shards(service)) == 4 * 8
-    wait_until(lambda: len(service.view()["routers"]) == 2, "the old routers are gone")
+    wait_until(lambda: len(view_of(service)["routers"]) == 2, "the old routers are gone")
     tell(f"{len(by_old)} answers of the old version, {len(by_new)} of the new; {num_across} went on across the switch")
 
 
 def kill_a_shard(service: Service) -> None:
-    victim = next(shard for shard in service.view()["shards"] if shard["state"] == "ready")
+    victim = next(shard for shard in view_of(service)["shards"] if shard["state"] == "ready")
     os.kill(victim["pid"], signal.SIGKILL)
     wait_until(lambda: state_of(service, victim["id"]) in (None, "dead"), "the shard is gone")
 
 
 def state_of(service: Service, shard_id: str) -> str | None:
-    return next((shard["state"] for shard in service.view()["shards"] if shard["id"] == shard_id), None)
+    return next((shard["state"] for shard in view_of(service)["shards"] if shard["id"] == shard_id), None)
 
 
 def kill_a_router(service: Service) -> None:
     """The replica goes with its engine, and with the other version's."""
-    victim = next(router for router in service.view()["routers"] if router["state"] == "ready")
+    victim = next(router for router in view_of(service)["routers"] if router["state"] == "ready")
     os.kill(victim["pid"], signal.SIGKILL)
 
 
 def kill_the_controller(service: Service) -> None:
-    os.kill(service.view()["controller"]["pid"], signal.SIGKILL)
+    os.kill(view_of(service)["controller"]["pid"], signal.SIGKILL)
 
 
 def test_a_shard_a_router_and_the_controller_die_in_an_update_and_no_stream_notices(
     service: Service, asker: Asker, tiny_maverick: Path
 ) -> None:
     """The weights of the start come back, as another version; no expert has a second copy."""
-    before = service.view()["weights_version"]
+    before = view_of(service)["weights_version"]
     old = asker.tokens_of(LONG)
     for ask in LONG:
         asker.begin(ask, again=True)
@@ -216,7 +233,7 @@ def test_a_shard_a_router_and_the_controller_die_in_an_update_and_no_stream_noti
 
 
 def test_what_cannot_be_taken_up_is_refused_and_named(service: Service, tiny_maverick: Path, tmp_path: Path) -> None:
-    served = service.view()["model"]
+    served = view_of(service)["model"]
     other = create_checkpoint("tiny-scout", tmp_path / "scout")
     for model, code, told in (
         (Path(served), grpc.StatusCode.FAILED_PRECONDITION, "has the weights of"),
