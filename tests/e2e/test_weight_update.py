@@ -31,8 +31,8 @@ pytestmark = pytest.mark.cluster
 
 NUM_REQUESTS = 200
 NUM_THREADS = 10
-FEW = [replace(ask, sampling=replace(ask.sampling, max_tokens=40)) for ask in ASKS]
-LONG = [replace(ask, sampling=replace(ask.sampling, max_tokens=250)) for ask in ASKS[:2]]
+FEW = [replace(ask, sampling=replace(ask.sampling, max_tokens=25)) for ask in ASKS]
+LONG = [replace(ask, sampling=replace(ask.sampling, max_tokens=150)) for ask in ASKS[:2]]
 
 
 @pytest.fixture(scope="module")

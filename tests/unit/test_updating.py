@@ -194,9 +194,16 @@ async def test_a_shard_that_is_lost_while_the_new_version_loads_delays_the_updat
         await update.begin()
         await update.until(lambda: update.life.plane.state.other.preparing is not None)
         held_back = world.pool.shards[other]
+        world.pool.num_free_slots, world.pool.never_loads = 100, True
         world.pool.kill(victim)
         await update.until(lambda: update.life.plane.state.other.preparing is None)
         held_back.may_prepare.set()
+        await update.until(lambda: set(update.life.epoch.placement.slots_by_shard) == {other})
+        emergency_s = world.now_s
+        await update.until(lambda: world.now_s > emergency_s + 3)
+        assert update.life.plane.state.other.preparing is None, "first everybody must be there"
+        assert update.state == "loading"
+        world.pool.never_loads = False
         await update.until(lambda: update.state == "done" and update.models_in_shards() == [{2}] * 2)
     assert victim not in world.pool.shards
 
