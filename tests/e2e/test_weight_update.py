@@ -196,8 +196,15 @@ def state_of(service: Service, shard_id: str) -> str | None:
 
 def kill_a_router(service: Service) -> None:
     """The replica goes with its engine, and with the other version's."""
-    victim = next(router for router in view_of(service)["routers"] if router["state"] == "ready")
-    os.kill(victim["pid"], signal.SIGKILL)
+    ready: list[dict[str, Any]] = []
+
+    def is_known() -> bool:
+        """A controller that has just come back hears of routers by and by."""
+        ready.extend(router for router in view_of(service)["routers"] if router["state"] == "ready")
+        return bool(ready)
+
+    wait_until(is_known, "a router is ready")
+    os.kill(ready[0]["pid"], signal.SIGKILL)
 
 
 def kill_the_controller(service: Service) -> None:
