@@ -15,6 +15,7 @@ COMMANDS = {
     "checkpoint": "make checkpoints with random weights to try things on",
     "chat": "chat with a running service in the terminal",
     "scale": "change the number of expert shards of a running service",
+    "update": "put other weights of the same model into a running service, under traffic",
     "bench": "measure the engine, the lanes or a running service",
     "status": "show the members, expert shards and load of a running service",
     "rebalance": "move experts of a running service to where their load is even, or show what that would bring",

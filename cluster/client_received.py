@@ -18,6 +18,7 @@ class Received:
         self._has_prompt_logprobs = False
         self.request_id = request.request_id
         self.seed = request.seed if request.HasField("seed") else None
+        self.weights_version = request.weights_version if request.HasField("weights_version") else None
         self.has_begun = False
 
     @property
@@ -30,6 +31,8 @@ class Received:
         if response.request_id:
             self.request_id = response.request_id
             self.seed = response.seed
+            if response.HasField("weights_version"):
+                self.weights_version = response.weights_version
             self.has_begun = True
         if piece.token_ids:
             self._token_ids.setdefault(piece.choice_index, []).extend(piece.token_ids)
@@ -47,6 +50,8 @@ class Received:
         assert self.seed is not None
         request.request_id = self.request_id
         request.seed = self.seed
+        if self.weights_version is not None:
+            request.weights_version = self.weights_version
         del request.resume_token_ids[:]
         for choice_index in sorted(self._token_ids.keys() | self._finished):
             request.resume_token_ids.add(

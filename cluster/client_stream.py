@@ -71,6 +71,11 @@ class GenerationStream(Iterator[Piece]):
         """What the noise is drawn from; None before the first piece if the service draws it."""
         return self._received.seed
 
+    @property
+    def weights_version(self) -> int | None:
+        """The version of the weights that answers; None before the first piece."""
+        return self._received.weights_version
+
     def __next__(self) -> Piece:
         """Raises ArrieroError when the service refuses, gives up, or stays away for too long."""
         while not self._closed.is_set():

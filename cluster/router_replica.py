@@ -1,14 +1,13 @@
-"""The router's Serve replica: joins the service, runs a router.replica.Router, reports. It only forwards."""
+"""The router's Serve replica: one router, or two of different weights versions during an update. It only forwards."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import secrets
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -16,16 +15,12 @@ from ray import serve
 
 from cluster.balance.router_load import RouterLoad
 from cluster.config import parse_config
-from cluster.control.controller_link import ControllerLink
-from cluster.control.member_report import MemberReport
-from cluster.control.membership import Member, MemberId, MemberKind, MemberState
-from cluster.engine_settings import engine_settings
-from cluster.metrics.member_snapshots import router_snapshot
+from cluster.control.membership import MemberId
+from cluster.router_member import ReplicaHooks, RouterMember
+from cluster.router_versions import version_change
 from experts.logs import configure_logging
-from experts.process_memory import resident_bytes
-from router.lane_state import EpochOffer
-from router.messages import EngineStats, Start
-from router.replica import EngineDiedError, Router, RouterTimeouts
+from router.messages import EngineStats, ErrorCode, Finished, FinishReason, encode
+from router.replica import EngineDiedError
 
 logger = logging.getLogger("arriero.router")
 
@@ -34,77 +29,86 @@ FAREWELL_S = 0.5
 
 
 class RouterReplica:
-    """Serve's deployment body; see cluster.app. Imports no torch: the engine lives in a child process."""
+    """Serve's deployment body; see cluster.app. Imports no torch: engines live in child processes.
+
+    During an update a second router starts beside the first, which goes on; a request goes to the one of its version.
+    """
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
         """config: a ServiceConfig as a plain dict. Serve awaits this. Raises what keeps the router from starting."""
-        self._router: Router | None = None
-        self._link: ControllerLink | None = None
+        self._routers: dict[int, RouterMember] = {}
+        self._failed: dict[int, str] = {}
+        self._starting: int | None = None
+        self._told_in_order: tuple[int, ...] = ()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_leaving = threading.Event()
-        self._is_reporting = False
-        service = parse_config(config)
-        router_id = MemberId(f"router-{secrets.token_hex(3)}")
-        configure_logging(service.log_settings, process=router_id)
-        node_id = ray.get_runtime_context().get_node_id()
-        self._member = Member(
-            member_id=router_id, kind=MemberKind.ROUTER, pid=0, node_id=node_id, state=MemberState.STARTING
-        )
-        self._link = ControllerLink(service)
-        welcome = await self._link.join_router(self._member)
-        self._router = Router(
-            timeouts=RouterTimeouts(start_s=service.start_timeout_s),
+        self._service = parse_config(config)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._hooks = ReplicaHooks(
+            name=self._name,
+            node_id=ray.get_runtime_context().get_node_id(),
             on_death=self._leave_with_engine,
-            on_lanes=_in_loop(self._tell_now),
-            on_doubt=self._tell_now,
-            name=serve.get_replica_context().replica_id.unique_id,
+            on_weights=self._follow_weights,
+            failed_versions=lambda: self._failed,
         )
-        ready = await self._router.start(_start_message(router_id, welcome))
-        self._member = Member(
-            member_id=router_id, kind=MemberKind.ROUTER, pid=ready.pid, node_id=node_id, state=MemberState.READY
-        )
-        self._link.start_reporting(self._report, self._follow)
-        self._is_reporting = True
+        first = RouterMember(self._service, self._hooks)
+        configure_logging(self._service.log_settings, process=first.member.member_id)
+        await first.start()
+        self._routers[first.weights_version] = first
 
-    async def generate(self, request: bytes, *, shun: Sequence[str] = ()) -> bytes:
-        """See router.replica.Router.generate. shun is for cluster.front.router_choice, on the way here."""
-        assert self._router is not None, "Serve awaits __init__ first"
-        return await self._router.generate(request)
+    async def generate(self, request: bytes, *, weights_version: int, shun: Sequence[str] = ()) -> bytes:
+        """See router.replica.Router.generate. shun is for cluster.front.router_choice, on the way here. A version that
+        is not here (any more) ends like a router that is silent: another one may have it."""
+        router = self._routers.get(weights_version)
+        if router is not None:
+            return await router.generate(request)
+        error = f"weights version {weights_version} is not at this router"
+        gone = Finished(
+            request_id="",
+            attempt=0,
+            finish_reason=FinishReason.ABORT,
+            error=error,
+            error_code=ErrorCode.UNAVAILABLE,
+            suspect=self._name,
+        )
+        return encode(gone)
 
     def engine_stats(self) -> tuple[MemberId, EngineStats | None]:
-        """Who this is, and its engine as of the last heartbeat; None before the first."""
-        return self._member.member_id, None if self._router is None else self._router.stats
+        """Who this is, and its newest engine as of the last heartbeat; None before the first."""
+        newest = self._routers[max(self._routers)]
+        return newest.member.member_id, newest.router.stats
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where it may change the number of routers; empty before the first heartbeat. For
         cluster.router_autoscaling."""
-        stats = None if self._router is None else self._router.stats
-        return {} if stats is None else asdict(RouterLoad.of(stats))
+        told = [router.router.stats for router in self._routers.values()]
+        loads = [asdict(RouterLoad.of(stats)) for stats in told if stats is not None]
+        return {name: max(load[name] for load in loads) for name in loads[0]} if loads else {}
 
     def check_health(self) -> None:
         """Called by Serve; raises when this replica must be replaced, and sees to it that it is.
 
         Serve would wait for the open calls of an ill replica to end, which they cannot.
         """
-        if self._router is None:
-            return
         try:
-            self._router.check_health()
+            for router in [*self._routers.values()]:
+                router.router.check_health()
         except EngineDiedError as error:
             self._leave_with_engine(str(error))
             raise
 
     def __del__(self) -> None:
-        """Called by Serve at the end of a graceful shutdown, and once more by Python."""
-        link, self._link = self._link, None
-        if link is not None:
-            link.leave(self._member)
-        router, self._router = self._router, None
-        if router is not None:
+        """Called by Serve at the end of a graceful shutdown, and once more by Python; absent attributes: Serve had no
+        place for us."""
+        routers, self._routers = getattr(self, "_routers", {}), {}
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        for router in routers.values():
             router.close()
 
     def _leave_with_engine(self, reason: str) -> None:
         """A replica without a working engine would draw requests, being the least busy; Serve replaces a dead one at
-        once. What is left of the engine ends with us. From any thread; only the first call counts."""
+        once. What is left of its engines ends with us. From any thread; only the first call counts."""
         if self._is_leaving.is_set():
             return
         self._is_leaving.set()
@@ -113,49 +117,42 @@ class RouterReplica:
         timer.daemon = True
         timer.start()
 
-    def _report(self) -> tuple[Member, MemberReport]:
-        if self._router is None:
-            return self._member, MemberReport()
-        stats, lanes = self._router.stats, self._router.lanes
-        is_doubted = self._router.is_doubted
-        member = replace(self._member, state=MemberState.SUSPECT) if is_doubted else self._member
-        # What an engine said that may have stopped since renews no lease.
-        told_lanes = None if lanes.epoch is None or is_doubted else lanes.to_dict()
-        if stats is None:
-            return member, MemberReport(lanes=told_lanes)
-        memory = resident_bytes(self._member.pid)
-        metrics = router_snapshot(stats, step_s=self._router.step_s, resident_bytes=memory)
-        return member, MemberReport(load=stats.expert_load, metrics=metrics, lanes=told_lanes)
+    def _follow_weights(self, told: dict[str, Any]) -> None:
+        """told: see Updating.versions_told. Each router here hears it, and not always in the same order."""
+        order = tuple(told["order"])
+        if order < self._told_in_order:
+            return
+        self._told_in_order, wanted = order, told["wanted"]
+        for version in self._failed.keys() - set(wanted):
+            del self._failed[version]
+        change = version_change(wanted=wanted, ready=self._routers, failed=self._failed, starting=self._starting)
+        if change.start is not None:
+            self._starting = change.start
+            self._begin(self._start(change.start))
+        for version in change.stop:
+            if self._routers[version].num_open == 0:
+                self._begin(self._stop(self._routers.pop(version)))
 
-    def _tell_now(self) -> None:
-        """A lost shard, a silent engine, a prepared epoch: others wait for it."""
-        if self._link is not None and self._is_reporting:
-            self._link.report_now()
-
-    def _follow(self, offer: dict[str, Any]) -> None:
-        if self._router is not None:
-            self._router.follow(EpochOffer(**offer))
-
-
-def _in_loop(act: Callable[[], None]) -> Callable[[], None]:
-    """The same for another thread: act is called in the event loop that runs now."""
-    loop = asyncio.get_running_loop()
-
-    def call() -> None:
+    async def _start(self, version: int) -> None:
+        router = RouterMember(self._service, self._hooks)
+        logger.info("weights version %d: starting %s", version, router.member.member_id)
         try:
-            loop.call_soon_threadsafe(act)
-        except RuntimeError:
-            logger.debug("the replica has ended")
+            await router.start(version)
+        except Exception as error:  # noqa: BLE001 whatever it is, the controller hears it
+            self._failed[version] = str(error) or type(error).__name__
+            logger.error("no router of weights version %d: %s", version, self._failed[version])
+        else:
+            self._routers[version] = router
+        finally:
+            self._starting = None
+        for each in self._routers.values():
+            each.report_now()
 
-    return call
+    async def _stop(self, router: RouterMember) -> None:
+        logger.info("%s ends: weights version %d has no requests", router.member.member_id, router.weights_version)
+        await asyncio.to_thread(router.close)
 
-
-def _start_message(router_id: str, welcome: dict[str, Any]) -> Start:
-    """welcome: as ControlPlane.join_router answers."""
-    return Start(
-        router_id=router_id,
-        settings=engine_settings(parse_config(welcome["config"])),
-        secret=welcome["secret"],
-        weights_version=welcome["weights_version"],
-        epoch=welcome["epoch"],
-    )
+    def _begin(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

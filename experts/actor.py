@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ class ExpertShardActor:
         # Here, because they load torch, which a controller that only creates shards does without.
         from experts.server import ShardServer
         from experts.shard_control import ShardControl
-        from experts.shard_loader import load_more, load_shard, num_free_slots
+        from experts.shard_loader import load_more, load_shard, num_free_bytes, num_free_slots
         from experts.speed_probe import measure_speed
         from experts.transport.waiting import wait_policy
 
@@ -38,6 +39,7 @@ class ExpertShardActor:
         self._control = ShardControl(self._shard, partial(load_more, spec))
         self._speed = measure_speed(self._shard)
         self._num_free_slots = partial(num_free_slots, spec)
+        self._num_free_bytes = partial(num_free_bytes, spec)
         self._server = ShardServer(
             self._shard,
             secret=spec.secret,
@@ -50,9 +52,10 @@ class ExpertShardActor:
     def address(self) -> ShardAddress:
         return self._server.address(self._node_id)
 
-    def prepare(self, term: int, epoch: Mapping[str, Any]) -> None:
-        """epoch: ``Epoch.to_dict()``. Returns once the shard serves it. Raises as ``ShardControl.prepare`` does."""
-        self._control.prepare(term, Epoch.from_dict(epoch))
+    def prepare(self, term: int, epoch: Mapping[str, Any], model: str) -> None:
+        """epoch: ``Epoch.to_dict()``; model: whose weights its version is. Returns once the shard serves it. Raises as
+        ``ShardControl.prepare`` does."""
+        self._control.prepare(term, Epoch.from_dict(epoch), model)
 
     def retire(self, term: int, number: int) -> None:
         """See ``ShardControl.retire``."""
@@ -66,7 +69,8 @@ class ExpertShardActor:
         return {
             "pid": os.getpid(),
             "node": self._node_id,
-            "slots": [list(slot) for slot in self._shard.slots],
+            "slots": [list(slot) for slot in sorted({each.slot for each in self._shard.slots})],
+            "num_slots_by_version": Counter(each.weights_version for each in self._shard.slots),
             "load": self._shard.load.snapshot(),
             "progress": server.progress,
             "busy_s": server.busy_s,
@@ -75,12 +79,14 @@ class ExpertShardActor:
             "refused": server.refused,
             "num_refused_requests": server.num_refused_requests,
             "epochs": list(self._shard.epochs),
+            "weights_versions": self._shard.weights_versions,
             "num_bytes": self._shard.num_bytes,
             "resident_bytes": resident_bytes(),
             "activations": self._shard.load.activations(),
             "speed": self._speed,
             "memory_pool": self._memory_pool(),
             "num_free_slots": self._num_free_slots(),
+            "num_free_bytes": self._num_free_bytes(),
             "num_loaded": self._control.num_loaded,
         }
 

@@ -17,6 +17,18 @@ class Slot(NamedTuple):
     expert: int
 
 
+class WeightSlot(NamedTuple):
+    """A slot as one version of the model fills it: what shards hold and compute with."""
+
+    weights_version: int
+    layer: int
+    expert: int
+
+    @property
+    def slot(self) -> Slot:
+        return Slot(self.layer, self.expert)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertPlacement:
     """The slots of every shard. A slot may live on several shards (copies), at most once on each.

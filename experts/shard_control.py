@@ -16,8 +16,8 @@ from experts.shard import Shard
 # Of the thread that loads, in the units of nice(1): rows that wait come first.
 _LOADING_NICENESS = 10
 
-SlotLoader = Callable[[Sequence[Slot], Progress], Mapping[Slot, Mlp]]
-"""Loads these slots, telling after each how far it has come; stops where that raises."""
+SlotLoader = Callable[[Sequence[Slot], Progress, str | None], Mapping[Slot, Mlp]]
+"""Loads these slots of this model, telling after each how far it has come; stops where that raises."""
 
 
 class StaleTermError(ValueError):
@@ -45,8 +45,9 @@ class ShardControl:
         """Slots loaded for epochs since the start, those of a preparation under way included."""
         return self._num_loaded
 
-    def prepare(self, term: int, epoch: Epoch) -> None:
+    def prepare(self, term: int, epoch: Epoch, model: str | None = None) -> None:
         """Loads what the epoch places here and is not here yet, then serves it, beside the one in force. Idempotent.
+        model: whose weights the epoch's version is, where it is not the one that the shard was made with.
 
         Raises StaleTermError, PreparationEndedError, ValueError as ``Shard.serve_epoch`` does, and whatever keeps
         a slot from being loaded; the shard is then as it was.
@@ -54,9 +55,8 @@ class ShardControl:
         self._check_term(term)
         with self._preparing:
             self._check_not_ended(epoch.number)
-            mine = epoch.placement.slots_by_shard.get(self._shard.shard_id, ())
-            missing = sorted(set(mine) - set(self._shard.slots))
-            loaded = self._load_in_background(missing, epoch.number) if missing else {}
+            missing = self._shard.lacks(epoch)
+            loaded = self._load_in_background(missing, epoch.number, model) if missing else {}
             with self._lock:
                 self._check_not_ended(epoch.number)
                 self._shard.serve_epoch(epoch, loaded)
@@ -81,7 +81,7 @@ class ShardControl:
         if number in self._ended:
             raise PreparationEndedError(f"epoch {number} was retired while {self._shard.shard_id} prepared it")
 
-    def _load_in_background(self, slots: Sequence[Slot], number: int) -> Mapping[Slot, Mlp]:
+    def _load_in_background(self, slots: Sequence[Slot], number: int, model: str | None) -> Mapping[Slot, Mlp]:
         """In a thread of its own, whose priority is the kernel's business alone."""
         result: Future[Mapping[Slot, Mlp]] = Future()
 
@@ -92,7 +92,7 @@ class ShardControl:
         def run() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICENESS)
             try:
-                result.set_result(self._load(slots, progress))
+                result.set_result(self._load(slots, progress, model))
             except Exception as error:  # noqa: BLE001 handed to the caller
                 result.set_exception(error)
 

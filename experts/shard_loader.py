@@ -35,18 +35,23 @@ def load_shard(spec: ShardSpec) -> Shard:
     )
 
 
-def load_more(spec: ShardSpec, slots: Sequence[Slot], progress: Progress) -> dict[Slot, Mlp]:
-    """Slots of the same checkpoint, for the shard of this spec, in this thread. Raises as ``load_shard`` does."""
+def load_more(spec: ShardSpec, slots: Sequence[Slot], progress: Progress, model: str | None = None) -> dict[Slot, Mlp]:
+    """Slots for the shard of this spec, in this thread, of its own model or of another one of the same shape. Raises as
+    ``load_shard`` does."""
     dtype = _dtype(spec)
     torch.set_num_threads(spec.num_threads)
-    checkpoint = Checkpoint.open(resolve_model(spec.model))
+    checkpoint = Checkpoint.open(resolve_model(model or spec.model))
     return load_slots(checkpoint, slots, spec.shape, dtype=dtype, device=spec.device, progress=progress)
 
 
 def num_free_slots(spec: ShardSpec) -> int:
     """How many further slots would fit, leaving half of the free memory to whoever else needs it."""
-    free = free_bytes(torch.device(spec.device))
-    return int(free * _SHARE_OF_FREE_MEMORY) // spec.shape.slot_bytes(_dtype(spec).itemsize)
+    return int(num_free_bytes(spec) * _SHARE_OF_FREE_MEMORY) // spec.shape.slot_bytes(_dtype(spec).itemsize)
+
+
+def num_free_bytes(spec: ShardSpec) -> int:
+    """Of the memory that the shard's weights lie in, all that is free."""
+    return free_bytes(torch.device(spec.device))
 
 
 def _dtype(spec: ShardSpec) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from experts.placement import Slot
+from experts.placement import WeightSlot
 from experts.shard_speed import TILE_ROWS
 from experts.transport.base import LaneEnd, RowRequest
 
@@ -23,7 +23,7 @@ from experts.transport.base import LaneEnd, RowRequest
 class ExpertTile(NamedTuple):
     """Rows of one slot: views of the waiting requests' rows, which the results are to overwrite."""
 
-    slot: Slot
+    slot: WeightSlot
     parts_RD: list[torch.Tensor]
 
 
@@ -36,8 +36,10 @@ class _Waiting:
     spans: dict[int, tuple[int, int]]
 
     @property
-    def layer(self) -> int:
-        return self.request.header.identity.layer
+    def weights(self) -> tuple[int, int]:
+        """Weights version and layer: rows of others are not for the same experts."""
+        who = self.request.header.identity
+        return who.weights_version, who.layer
 
     @property
     def rows_left(self) -> int:
@@ -56,8 +58,10 @@ class _Waiting:
 
     def cut_all(self) -> list[ExpertTile]:
         """Hands out everything that is left."""
-        layer, x_RD = self.layer, self.request.x_RD
-        tiles = [ExpertTile(Slot(layer, expert), [x_RD[start:stop]]) for expert, (start, stop) in self.spans.items()]
+        weights, x_RD = self.weights, self.request.x_RD
+        tiles = [
+            ExpertTile(WeightSlot(*weights, expert), [x_RD[start:stop]]) for expert, (start, stop) in self.spans.items()
+        ]
         self.spans.clear()
         return tiles
 
@@ -75,9 +79,9 @@ class TileQueue:
         return bool(self._waiting)
 
     @property
-    def slots(self) -> set[Slot]:
+    def slots(self) -> set[WeightSlot]:
         """Those of which rows wait."""
-        return {Slot(waiting.layer, expert) for waiting in self._waiting for expert in waiting.spans}
+        return {WeightSlot(*waiting.weights, expert) for waiting in self._waiting for expert in waiting.spans}
 
     def add(self, lane: LaneEnd, request: RowRequest) -> None:
         spans: dict[int, tuple[int, int]] = {}
@@ -103,7 +107,7 @@ class TileQueue:
             part_RD = leader.cut(expert, budget)
             budget -= part_RD.shape[0]
             parts_RD = [part_RD, *self._joining(leader, expert, self._tile_rows - part_RD.shape[0])]
-            tiles.append(ExpertTile(Slot(leader.layer, expert), parts_RD))
+            tiles.append(ExpertTile(WeightSlot(*leader.weights, expert), parts_RD))
         return tiles
 
     def pop_finished(self) -> list[tuple[LaneEnd, RowRequest]]:
@@ -121,7 +125,7 @@ class TileQueue:
     def _joining(self, leader: _Waiting, expert: int, room: int) -> list[torch.Tensor]:
         parts_RD: list[torch.Tensor] = []
         for other in self._waiting:
-            if room > 0 and other is not leader and other.layer == leader.layer and expert in other.spans:
+            if room > 0 and other is not leader and other.weights == leader.weights and expert in other.spans:
                 parts_RD.append(other.cut(expert, room))
                 room -= parts_RD[-1].shape[0]
         return parts_RD

@@ -52,7 +52,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     resume_ids are output tokens the client already holds: they count as output (penalties, max_tokens, noise
     position) but are not sent again. attempt numbers the submissions of one request_id; outputs carry it, so
     that a late reply of an old attempt is told apart. return_address is the gateway's token listener
-    ("host:port"); an empty one keeps the outputs with the caller of Engine.step.
+    ("host:port"); an empty one keeps the outputs with the caller of Engine.step. weights_version is what finds the
+    request its engine; an engine has one.
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     resume_ids: list[int] = []
     cache_salt: str = ""
     return_address: str = ""
+    weights_version: int = 0
     on_missing_expert: MissingExpertPolicy | None = None
 
 

@@ -109,7 +109,23 @@ def view_to_json(view: admin_pb2.GetViewResponse) -> dict[str, Any]:
             for shard in view.shards
         ],
         "load": [[load.layer, load.expert, load.tokens] for load in view.load],
+        "weights_version": view.weights_version,
+        "model": view.model,
+        "update": update_to_json(view.update) if view.HasField("update") else None,
     }
+
+
+def update_to_json(update: admin_pb2.GetUpdateResponse) -> dict[str, Any]:
+    names = [field.name for field in update.DESCRIPTOR.fields if field.name != "waits_for"]
+    return {name: getattr(update, name) for name in names} | {"waits_for": list(update.waits_for)}
+
+
+def update_to_text(update: admin_pb2.GetUpdateResponse) -> str:
+    """A line."""
+    waiting = f", waits for {', '.join(update.waits_for)}" if update.waits_for else ""
+    reason = f": {update.reason}" if update.reason else ""
+    what = f"weights version {update.weights_version}, {update.model}"
+    return f"{update.update_id} to {what}: {update.state}{waiting}{reason}"
 
 
 def _member(member: admin_pb2.Member) -> dict[str, Any]:
@@ -127,7 +143,9 @@ def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
         rows += [_row("shard", shard.member, str(len(shard.slots)), str(routed))]
     hottest = sorted(view.load, key=lambda load: -load.tokens)[:NUM_HOTTEST]
     load = ", ".join(f"layer {each.layer} expert {each.expert}: {each.tokens}" for each in hottest if each.tokens)
-    return "\n".join([f"{address}  epoch {view.epoch}", *aligned(rows), f"most used: {load or 'nothing yet'}"])
+    head = f"{address}  epoch {view.epoch}  weights version {view.weights_version}, {view.model}"
+    update = [update_to_text(view.update)] if view.HasField("update") else []
+    return "\n".join([head, *update, *aligned(rows), f"most used: {load or 'nothing yet'}"])
 
 
 def requests_to_json(found: admin_pb2.ListRequestsResponse) -> dict[str, Any]:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.control.desired_state import DesiredState, Memory, Store
-from cluster.control.expert_tier import WEIGHTS_VERSION, ExpertTier
+from cluster.control.desired_state import DesiredState, Memory
+from cluster.control.expert_tier import ExpertTier
 from cluster.control.load_ledger import LoadLedger
 from cluster.control.member_report import MemberReport
-from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
+from cluster.control.membership import Member, MemberId, MemberKind, Membership
+from cluster.control.outside import Outside
 from cluster.control.rebalancing import Rebalancing
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
-from cluster.control.shard_fleet import ShardDied, ShardPool, ShardRefused, ShardUnreachable
+from cluster.control.shard_fleet import ShardReport
+from cluster.control.shard_watch import ShardWatch
+from cluster.control.updating import Updating
+from cluster.control.weight_lines import served_model
 from cluster.metrics.member_snapshots import controller_snapshot
 from cluster.metrics.merge import ServiceNumbers
 from cluster.service_model import resolve
@@ -37,31 +40,8 @@ FORGET_DEAD_AFTER_S = 60.0
 APP_WATCH_PERIOD_S = 1.0
 
 
-class Apps(Protocol):
-    async def is_present(self, app_name: str) -> bool | None:
-        """Whether Serve has the application; None when Serve does not answer."""
-        ...
-
-
-class Probe(Protocol):
-    async def has_died(self, process: Any) -> bool:
-        """Whether the process behind a member's handle has ended; False when that cannot be told in time."""
-        ...
-
-
 class RetiringError(RuntimeError):
     """This service is being removed: whoever wants to join must wait for the next controller."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outside:
-    """What the control plane acts on."""
-
-    store: Store
-    apps: Apps
-    pool: ShardPool
-    probe: Probe
-    clock: Callable[[], float] = time.monotonic
 
 
 class ControlPlane:
@@ -83,7 +63,6 @@ class ControlPlane:
         self._processes: dict[MemberId, Any] = {}
         self._app_watch = AppWatch(gone_after_s=config.app_gone_s)
         self._news = asyncio.Event()
-        self._looks: dict[MemberId, asyncio.Task[None]] = {}
         self._tier = ExpertTier(
             config=config,
             num_cores=num_cores,
@@ -95,6 +74,24 @@ class ControlPlane:
             on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
         self._rebalancing = Rebalancing(self._tier, num_cores=num_cores, clock=outside.clock)
+        self._updating = Updating(
+            tier=self._tier,
+            memory=memory,
+            members=self._members,
+            num_cores=num_cores,
+            clock=outside.clock,
+            all_known_at_s=self._all_known_at_s,
+            on_news=self._news.set,
+        )
+        self._watch = ShardWatch(
+            tier=self._tier,
+            pool=outside.pool,
+            membership=self._membership,
+            clock=outside.clock,
+            timeout_s=SUSPECT_AFTER_HEARTBEATS * config.heartbeat_s,
+            on_report=self._take_shard_report,
+            on_leave=self.leave,
+        )
         self._retired = asyncio.Event()
         self._retiring = False
         self._changing_tier = asyncio.Lock()
@@ -110,31 +107,42 @@ class ControlPlane:
     def state(self) -> DesiredState:
         return self._memory.state
 
-    async def join_router(self, member: Member, process: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    async def join_router(
+        self, member: Member, process: Any, config: Mapping[str, Any], weights_version: int | None = None
+    ) -> dict[str, Any]:
         """Answers once all shards serve: secret, term, epoch (None when routers hold the experts), the weights
         version, and config with what the checkpoint and this machine decide filled in.
 
-        process is what the probe takes. Raises StartError when the shards cannot start, ValueError when others
-        are up than config needs, RetiringError.
+        process is what the probe takes. weights_version: the router's; None for what new requests get. Raises
+        StartError when the shards cannot start, ValueError when others are up than config needs or the version is not
+        served, RetiringError.
         """
         wanted = parse_config(config)
         await self._adapt_to(wanted)
         self.take_in(member, process)
         started = await self._tier.started()
-        await self._look_at_shards()
+        await self._watch.look_at_all()
+        line = self._updating.line_for_router(weights_version)
+        with_its_model = wanted.model_copy(update={"model": line.model})
         return {
             "secret": self.state.secret,
             "term": self.state.term,
-            "epoch": self._tier.epoch.to_dict() if started.keeper is not None else None,
-            "weights_version": WEIGHTS_VERSION,
-            "config": resolve(wanted, started.model, self._num_cores).model_dump(),
+            "epoch": line.epoch if started.keeper is not None else None,
+            "weights_version": line.weights_version,
+            "config": resolve(with_its_model, started.model, self._num_cores).model_dump(),
         }
 
     def join_gateway(self, member: Member, process: Any) -> dict[str, Any]:
-        """Answers at once: secret, term, admin_token."""
+        """Answers at once: secret, term, admin_token, weights as in a heartbeat's answer, and the model."""
         self._check_not_retiring()
         self.take_in(member, process)
-        return {"secret": self.state.secret, "term": self.state.term, "admin_token": self.state.admin_token}
+        return {
+            "secret": self.state.secret,
+            "term": self.state.term,
+            "admin_token": self.state.admin_token,
+            "weights": self._updating.versions_told(),
+            "model": served_model(self.state),
+        }
 
     def take_in(self, member: Member, process: Any, report: MemberReport | None = None) -> None:
         """Knows the member from now on. process is what the probe takes."""
@@ -144,16 +152,19 @@ class ControlPlane:
                 self._take(member.member_id, report)
 
     def heartbeat(self, member: Member, report: MemberReport) -> dict[str, Any]:
-        """known is False for a member that this controller has not met: it should call take_in. A router that tells of
-        its lanes gets an offer, as router.lane_state.EpochOffer takes it."""
+        """known is False for a member that this controller has not met: it should call take_in. weights: see
+        Updating.versions_told. A router that tells of its lanes gets an offer, as router.lane_state.EpochOffer takes
+        it, as long as its version is served."""
         known = member.member_id in self._membership
         if known and self._membership.report(member, self._now()):
             self._take(member.member_id, report)
         num_ready = self._membership.num_ready(MemberKind.ROUTER, self._now())
         answer: dict[str, Any] = {"known": known, "term": self.state.term, "num_ready_routers": num_ready}
+        answer["weights"] = self._updating.versions_told()
         if report.lanes is not None and self._tier.keeper is not None:
-            self._tier.keeper.note_router(member.member_id, report.lanes)
-            answer["offer"] = self._tier.keeper.offer(member.member_id)
+            self._tier.keeper.note_router(member.member_id, report.weights_version, report.lanes)
+            offer = self._tier.keeper.offer(member.member_id, report.weights_version)
+            answer |= {} if offer is None else {"offer": offer}
         return answer
 
     def leave(self, member_id: MemberId, report: MemberReport | None = None) -> None:
@@ -206,7 +217,14 @@ class ControlPlane:
                 for member in self._members(MemberKind.SHARD)
             ],
             "load": [list(entry) for entry in self._ledger.totals()],
+            "weights_version": self.state.weights_version,
+            "model": served_model(self.state),
+            "update": self._updating.progress(""),
         }
+
+    @property
+    def updating(self) -> Updating:
+        return self._updating
 
     @property
     def rebalancing(self) -> Rebalancing:
@@ -248,7 +266,7 @@ class ControlPlane:
         """
         async with self._changing_tier:
             self._check_not_retiring()
-            changes = shard_changes(self._tier.config, wanted)
+            changes = shard_changes(self._tier.config, wanted, served_model(self.state))
             if not changes:
                 return
             names = ", ".join(changes)
@@ -263,8 +281,14 @@ class ControlPlane:
 
     def _take(self, member_id: MemberId, report: MemberReport) -> None:
         self._reports.take(member_id, report, self._now())
+        self._updating.note(member_id, report)
         if report.load:
             self._ledger.report(member_id, report.load)
+
+    def _take_shard_report(self, shard_id: ShardId, report: ShardReport) -> None:
+        self._take(MemberId(shard_id), MemberReport(load=list(report.load), metrics=report.metrics))
+        self._rebalancing.note(shard_id, report)
+        self._updating.note_shard(shard_id, report)
 
     def _note_death(self, member_id: MemberId, reason: str) -> None:
         if self._membership.mark_dead(member_id, self._now()):
@@ -276,6 +300,7 @@ class ControlPlane:
         self._ledger.close(member_id)
         self._reports.close(member_id)
         self._rebalancing.forget(ShardId(member_id))
+        self._updating.forget(member_id)
         self._end_lease(member_id)
 
     def _end_lease(self, member_id: MemberId) -> None:
@@ -289,9 +314,10 @@ class ControlPlane:
     async def _keep_shards(self) -> None:
         """Looks at all shards every heartbeat, and acts then and whenever something is new."""
         while True:
-            self._begin_looks()
+            self._watch.begin()
             if self._tier.keeper is not None:
                 await self._tier.keeper.act()
+                await self._updating.act()
             try:
                 async with asyncio.timeout(self._tier.config.heartbeat_s):
                     await self._news.wait()
@@ -316,54 +342,7 @@ class ControlPlane:
                 await self.retire()
             await asyncio.sleep(APP_WATCH_PERIOD_S)
 
-    def _begin_looks(self) -> None:
-        """A look at each living shard, where the last one has ended: one that is silent holds up no other."""
-        wanted = [MemberId(shard_id) for shard_id in self._tier.shard_ids]
-        for shard in self._members(MemberKind.SHARD):
-            if shard.member_id not in wanted and shard.state is not MemberState.DEAD:
-                self.leave(shard.member_id)
-        for member_id in wanted:
-            if member_id not in self._membership:
-                self._membership.report(_new_shard(member_id), self._now())
-        for shard in self._members(MemberKind.SHARD):
-            if shard.state is not MemberState.DEAD and shard.member_id not in self._looks:
-                self._looks[shard.member_id] = asyncio.create_task(self._look_at_shard(shard))
-
-    async def _look_at_shards(self) -> None:
-        self._begin_looks()
-        await asyncio.gather(*self._looks.values())
-
-    async def _look_at_shard(self, shard: Member) -> None:
-        try:
-            await self._ask_shard(shard)
-        finally:
-            del self._looks[shard.member_id]
-
-    async def _ask_shard(self, shard: Member) -> None:
-        keeper, shard_id = self._tier.keeper, ShardId(shard.member_id)
-        if keeper is None or shard_id not in keeper.shards_to_look_at:
-            # It loads; whoever waits for that tells of one that cannot.
-            return
-        try:
-            async with asyncio.timeout(SUSPECT_AFTER_HEARTBEATS * self._tier.config.heartbeat_s):
-                report = await self._outside.pool.report(shard_id)
-        except (TimeoutError, ShardUnreachable):
-            return
-        except (ShardDied, ShardRefused) as error:
-            keeper.note_death(shard_id, str(error))
-            return
-        keeper.note_report(shard_id, report)
-        state = MemberState.READY if keeper.is_wanted(shard_id) else MemberState.DRAINING
-        seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
-        if self._membership.report(seen, self._now()):
-            self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
-            self._rebalancing.note(shard_id, report)
-
     async def _look_at_process(self, member_id: MemberId, process: Any) -> None:
         if await self._outside.probe.has_died(process):
             self._note_death(member_id, "its process has ended")
             self._end_lease(member_id)
-
-
-def _new_shard(member_id: MemberId) -> Member:
-    return Member(member_id=member_id, kind=MemberKind.SHARD, pid=0, node_id="", state=MemberState.STARTING)

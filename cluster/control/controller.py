@@ -12,12 +12,14 @@ from typing import Any
 import ray
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.control.control_plane import ControlPlane, Outside, RetiringError
+from cluster.control.control_plane import ControlPlane, RetiringError
 from cluster.control.kv_store import KvStore
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.control.outside import Outside
 from cluster.control.serve_apps import ServeApps
 from cluster.control.shard_pool import RayShardPool
+from cluster.control.updating import UpdateRefusedError
 from cluster.launch.ray_probe import RayProbe
 from cluster.launch.token_file import ServiceRecord, remove_record, state_folder, write_record
 from cluster.metrics.merge import ServiceNumbers
@@ -39,8 +41,10 @@ class Controller:
         self._plane = asyncio.create_task(self._start(service))
         self._life = asyncio.create_task(self._live())
 
-    async def join_router(self, member: Member, process: Any, config: dict[str, Any]) -> dict[str, Any]:
-        return await (await self._plane).join_router(member, process, config)
+    async def join_router(
+        self, member: Member, process: Any, config: dict[str, Any], weights_version: int | None
+    ) -> dict[str, Any]:
+        return await (await self._plane).join_router(member, process, config, weights_version)
 
     async def join_gateway(self, member: Member, process: Any) -> dict[str, Any]:
         return (await self._plane).join_gateway(member, process)
@@ -75,6 +79,18 @@ class Controller:
 
     async def get_rebalance(self, rebalance_id: str) -> dict[str, Any] | None:
         return (await self._plane).rebalancing.progress(rebalance_id)
+
+    async def update_weights(self, model: str, dry_run: bool) -> dict[str, Any]:
+        """See Updating.begin; or refusal: why not, is_input: whether it is the model that is wrong, and rooms."""
+        try:
+            return await (await self._plane).updating.begin(model, dry_run=dry_run)
+        except UpdateRefusedError as error:
+            return {"refusal": str(error), "is_input": False, "rooms": [room.to_dict() for room in error.rooms]}
+        except (ValueError, OSError) as error:
+            return {"refusal": str(error), "is_input": True, "rooms": []}
+
+    async def get_update(self, update_id: str) -> dict[str, Any] | None:
+        return (await self._plane).updating.progress(update_id)
 
     async def retire(self) -> None:
         """Returns once shards and groups are gone; the actor ends right after."""

@@ -32,6 +32,7 @@ JOIN_MARGIN_S = 30.0
 
 Report = Callable[[], tuple[Member, MemberReport]]
 OnOffer = Callable[[dict[str, Any]], None]
+OnWeights = Callable[[dict[str, Any]], None]
 
 
 def controller_name(app_name: str) -> str:
@@ -68,19 +69,22 @@ class ControllerLink:
         self._is_answered = True
         self.num_ready_routers = 0
 
-    async def join_router(self, member: Member) -> dict[str, Any]:
+    async def join_router(self, member: Member, weights_version: int | None = None) -> dict[str, Any]:
         """See ControlPlane.join_router. Raises what that raises, TimeoutError, RayError."""
         timeout_s = self._config.start_timeout_s + JOIN_MARGIN_S
-        return await self._join("join_router", member, self._config.model_dump(), timeout_s=timeout_s)
+        config = self._config.model_dump()
+        return await self._join("join_router", member, config, weights_version, timeout_s=timeout_s)
 
     async def join_gateway(self, member: Member) -> dict[str, Any]:
         """See ControlPlane.join_gateway."""
         return await self._join("join_gateway", member, timeout_s=self._config.drain_timeout_s + JOIN_MARGIN_S)
 
-    def start_reporting(self, report: Report, on_offer: OnOffer | None = None) -> None:
+    def start_reporting(self, report: Report, on_weights: OnWeights, on_offer: OnOffer | None = None) -> None:
         """From now on the controller hears of this member every heartbeat_s, and whenever report_now is called; what
-        it offers about epochs goes to on_offer."""
+        it tells of weights versions (Updating.versions_told) goes to on_weights, what it offers about epochs to
+        on_offer."""
         self._report = report
+        self._on_weights = on_weights
         self._on_offer = on_offer
         self._term = 0
         self._due = asyncio.Event()
@@ -136,6 +140,20 @@ class ControllerLink:
         assert self._controller is not None, "join first"
         async with asyncio.timeout(timeout_s):
             progress: dict[str, Any] | None = await self._controller.get_rebalance.remote(rebalance_id)
+        return progress
+
+    async def update_weights(self, timeout_s: float, *, model: str, dry_run: bool) -> dict[str, Any]:
+        """See Controller.update_weights. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            answer: dict[str, Any] = await self._controller.update_weights.remote(model, dry_run)
+        return answer
+
+    async def get_update(self, timeout_s: float, *, update_id: str) -> dict[str, Any] | None:
+        """See Updating.progress. Raises TimeoutError, RayError."""
+        assert self._controller is not None, "join first"
+        async with asyncio.timeout(timeout_s):
+            progress: dict[str, Any] | None = await self._controller.get_update.remote(update_id)
         return progress
 
     def leave(self, member: Member) -> None:
@@ -194,8 +212,11 @@ class ControllerLink:
             await self._controller.take_in.remote(member, ray.get_runtime_context().current_actor, report)
         self.num_ready_routers = answer["num_ready_routers"]
         # A lower term: a controller that another one has succeeded.
-        if answer["term"] >= self._term and "offer" in answer and self._on_offer is not None:
-            self._term = answer["term"]
+        if answer["term"] < self._term:
+            return
+        self._term = answer["term"]
+        self._on_weights(answer["weights"])
+        if "offer" in answer and self._on_offer is not None:
             self._on_offer(answer["offer"])
 
     async def _until_due(self) -> None:

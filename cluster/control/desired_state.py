@@ -16,6 +16,27 @@ from experts.placement import ExpertPlacement, ShardId, Slot
 NUM_SECRET_BYTES = 32
 
 
+class OtherWeights(msgspec.Struct, frozen=True, kw_only=True):
+    """A version of the weights beside the one that is served: the next one, or the one before until its last request
+    has ended. model, epoch and preparing as in DesiredState; epoch is None before its first."""
+
+    weights_version: int
+    model: str
+    epoch: dict[str, Any] | None = None
+    preparing: dict[str, Any] | None = None
+
+
+class WeightUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """The last update that was asked for, under way or over. state: an update_plan.UpdateState. reason: why it was
+    given up."""
+
+    update_id: str
+    model: str
+    weights_version: int
+    state: str
+    reason: str = ""
+
+
 class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     """config is ServiceConfig as a plain dict. epoch is the one in force, preparing the one that may follow it, both
     experts.epoch.Epoch as a plain dict; epoch is None before the first.
@@ -24,6 +45,9 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     opens lanes and token links. shard_ids names every shard that may exist, before it is created, so that none can be
     lost; target is what each should hold, (layer, expert) by shard, once all is well. departed: what members counted
     that are gone, for metrics that must never go back.
+
+    weights_version is the one that new requests get; model is whose weights it is, where an update has put it in the
+    place of config's. last_version is the highest ever given to weights.
     """
 
     config: dict[str, Any]
@@ -37,6 +61,11 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     epoch: dict[str, Any] | None = None
     preparing: dict[str, Any] | None = None
     departed: Snapshot = msgspec.field(default_factory=Snapshot)
+    weights_version: int = 1
+    last_version: int = 1
+    model: str | None = None
+    other: OtherWeights | None = None
+    update: WeightUpdate | None = None
 
 
 class Store(Protocol):

@@ -1,8 +1,7 @@
 """Keeps the expert tier whole once it has started: looks at what is known, decides (epoch_plan.py), acts, remembers.
 
-Everything that may take long runs as a task of its own, so that the next loss is met at once. What must outlive
-this controller is in the memory before anybody hears of it: a number before it is prepared, a commit before it is
-offered, a shard's name before the shard is made.
+Everything that may take long runs as a task of its own, so that the next loss is met at once. While two versions of
+the weights are served each has its own line of epochs on the same shards, and the same is done for both.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from cluster.control.background_tasks import BackgroundTasks
-from cluster.control.backoff import Backoff
 from cluster.control.desired_state import Memory, target_of
+from cluster.control.epoch_line import EpochLine, LineWorld
 from cluster.control.epoch_plan import (
     Abort,
     Action,
@@ -30,24 +27,21 @@ from cluster.control.epoch_plan import (
     decide,
 )
 from cluster.control.epoch_rest import is_same, unrest
-from cluster.control.epoch_view import LEASE_S, EpochView, Preparation
+from cluster.control.epoch_view import EpochView
 from cluster.control.membership import MemberId, MemberState
 from cluster.control.movement import Movement
 from cluster.control.movement_plan import watched
 from cluster.control.reconcile import further_shards
 from cluster.control.resize import check_count, resize
-from cluster.control.router_leases import RouterLeases
 from cluster.control.shard_acts import ShardActs
-from cluster.control.shard_fleet import ShardDied, ShardError, ShardPool, ShardReport
+from cluster.control.shard_fleet import ShardPool, ShardReport
 from cluster.control.shard_records import ShardRecords
+from cluster.control.weight_lines import lines_of
 from experts.epoch import Epoch
 from experts.placement import ExpertPlacement, ShardId, Slot
 from experts.shard_spec import ShardSpec
 
 logger = logging.getLogger("arriero.controller")
-
-# An epoch for the links' sake alone: at most one in this time, for a link that breaks at once would ask for more.
-REJOIN_PAUSE_S = 5.0
 
 
 class UnrestError(RuntimeError):
@@ -73,20 +67,23 @@ class EpochKeeper:
         """timeout_s: for placing and loading. stall_s: how long a movement may stand still. on_news: something has
         changed, so ``act`` should be called soon. on_death hears of each shard that is lost, once, and why."""
         self._memory = memory
-        self._pool = pool
         self._clock = clock
-        self._timeout_s = timeout_s
         self._stall_s = stall_s
         self._on_news = on_news
         self._on_death = on_death
         self._shards = ShardRecords(suspect_after_s=suspect_after_s)
-        self._routers = RouterLeases()
-        self._preparing: Preparation | None = None
         self._movement: Movement | None = None
-        self._preparations = Backoff()
-        self._began_s = clock()
-        self._committed_s = float("-inf")
         self._tasks = BackgroundTasks(on_end=on_news)
+        self._world = LineWorld(
+            memory=memory,
+            pool=pool,
+            clock=clock,
+            timeout_s=timeout_s,
+            shards=self._shards,
+            tasks=self._tasks,
+            note_death=self.note_death,
+        )
+        self._lines: dict[int, EpochLine] = {}
         self._acts = ShardActs(
             memory=memory,
             pool=pool,
@@ -117,34 +114,27 @@ class EpochKeeper:
             self._on_death(shard_id, reason)
             self._on_news()
 
-    def note_router(self, router_id: MemberId, lanes: Mapping[str, Any]) -> None:
-        known = self._routers.get(router_id)
-        if not self._routers.note(router_id, lanes, self._clock()):
-            return
-        for shard_id, reason in lanes["lost"].items():
-            if known is None or shard_id not in known.masked:
-                logger.warning("%s does without %s: %s", router_id, shard_id, reason)
-        self._on_news()
+    def note_router(self, router_id: MemberId, weights_version: int, lanes: Mapping[str, Any]) -> None:
+        line = self._lines.get(weights_version)
+        if line is not None and line.note_router(router_id, lanes):
+            self._on_news()
 
     def forget_router(self, router_id: MemberId) -> None:
-        self._routers.forget(router_id)
+        for line in self._lines.values():
+            line.forget_router(router_id)
         self._on_news()
 
-    def offer(self, router_id: MemberId) -> dict[str, Any]:
-        """What the router is to do about epochs; see router.lane_state.EpochOffer."""
-        state, router = self._memory.state, self._routers.get(router_id)
-        assert state.epoch is not None
-        will_fail = self._preparing is None or self._preparing.failure is not None
-        preparing = None if will_fail else state.preparing
-        # The one in force first: who waits for it shall not wait for the next one, too.
-        lags = router is not None and router.epoch < state.epoch["number"]
-        next_epoch = state.epoch if lags else preparing
-        has_it = next_epoch is None or router is None or router.prepared == next_epoch["number"]
-        return {
-            "in_force": state.epoch["number"],
-            "preparing": None if preparing is None else preparing["number"],
-            "prepare": None if has_it else next_epoch,
-        }
+    def offer(self, router_id: MemberId, weights_version: int) -> dict[str, Any] | None:
+        """See EpochLine.offer. None for a version that is not served."""
+        line = self._lines.get(weights_version)
+        if line is None or weights_version not in lines_of(self._memory.state):
+            return None
+        return line.offer(router_id)
+
+    def failure_of(self, weights_version: int) -> str | None:
+        """Why shards cannot serve this version; None as far as is known."""
+        line = self._lines.get(weights_version)
+        return None if line is None else line.failure
 
     def is_wanted(self, shard_id: ShardId) -> bool:
         """Whether the shard is to stay."""
@@ -154,6 +144,8 @@ class EpochKeeper:
         """Why a movement cannot begin now; None when it can."""
         if self._movement is not None and self._movement.is_open:
             return f"{self._movement.movement_id} is under way"
+        if self._memory.state.other is not None:
+            return f"weights version {self._memory.state.other.weights_version} is served or loaded, too"
         return unrest(self._view())
 
     @property
@@ -169,7 +161,7 @@ class EpochKeeper:
         async with self._acting:
             target = target_of(self._memory.state.target)
             check_count(target, num_shards)
-            views = self._shards.views(self._clock())
+            views = self._shards.views(self._clock(), self._memory.state.weights_version)
             known = sorted(target.slots_by_shard, key=lambda shard: views[shard].state is not MemberState.READY)
             further = further_shards(views, max(0, num_shards - len(known)), secrets.token_hex(3))
             wanted = resize(target, [*known[:num_shards], *further])
@@ -199,14 +191,18 @@ class EpochKeeper:
         return movement
 
     async def act(self) -> None:
-        """One round: decides, and begins or does what was decided."""
+        """One round: decides, and begins or does what was decided, for the served version first."""
         async with self._acting:
             if self._stopped:
                 return
+            self._follow_memory()
             self._acts.load_what_is_named()
             self._movement = watched(self._view())
-            for action in decide(self._view()):
-                await self._do(action)
+            for line in [*self._lines.values()]:
+                for action in decide(self._view_of(line)):
+                    await self._do(line, action)
+            for shard_id, number in self._shards.strays(self._lines):
+                self._acts.begin_retiring(shard_id, number)
 
     async def stop(self) -> None:
         """Returns when nothing is under way any more."""
@@ -215,46 +211,49 @@ class EpochKeeper:
             await self._tasks.stop()
 
     def _take_over(self) -> None:
-        """Knows the shards that the memory names. An epoch that was in preparation is given up by the first act: no
-        router can have adopted it, for a commit is remembered before it is offered."""
-        epochs = [Epoch.from_dict(plain) for plain in (self._memory.state.epoch, self._memory.state.preparing) if plain]
+        """Knows the shards that the memory names."""
+        self._follow_memory()
+        lines = lines_of(self._memory.state).values()
+        epochs = [Epoch.from_dict(plain) for line in lines for plain in (line.epoch, line.preparing) if plain]
         addresses = {address.shard_id: address for epoch in epochs for address in epoch.shards}
         for shard_id in map(ShardId, self._memory.state.shard_ids):
             self._shards.add(shard_id, addresses.get(shard_id))
-        if len(epochs) > 1:
-            reborn = "the controller that prepared it has gone"
-            self._preparing = Preparation(
-                number=epochs[1].number, placement=epochs[1].placement, is_repair=True, failure=reborn
-            )
+
+    def _follow_memory(self) -> None:
+        """A line for each version that there should be, the served one first. Where one is no more, what was prepared
+        for it ends."""
+        wanted = lines_of(self._memory.state)
+        for version in self._lines.keys() - wanted.keys():
+            gone = self._lines.pop(version)
+            if gone.preparing is not None:
+                self._tell_given_up(gone.preparing.number, gone.preparing.placement)
+        self._lines = {version: self._lines.get(version) or EpochLine(version, self._world) for version in wanted}
+
+    @property
+    def _served(self) -> EpochLine:
+        return self._lines[self._memory.state.weights_version]
 
     def _view(self) -> EpochView:
-        state, now_s = self._memory.state, self._clock()
-        assert state.epoch is not None
-        epoch = Epoch.from_dict(state.epoch)
-        return EpochView(
-            now_s=now_s,
-            number=epoch.number,
-            placement=epoch.placement,
-            target=target_of(state.target),
-            shards=self._shards.views(now_s),
-            routers=self._routers.views(),
-            preparing=self._preparing,
-            settled=now_s - self._began_s >= LEASE_S,
-            may_prepare=self._preparations.is_over(now_s),
-            may_rejoin=now_s - self._committed_s >= REJOIN_PAUSE_S,
-            movement=self._movement,
-        )
+        return self._view_of(self._served)
 
-    async def _do(self, action: Action) -> None:
+    def _view_of(self, line: EpochLine) -> EpochView:
+        if line is self._served:
+            others = (other.shards_in_use for other in self._lines.values() if other is not line)
+            return line.view(leads=True, movement=self._movement, used_elsewhere=frozenset[ShardId]().union(*others))
+        # A version that nobody uses yet is loaded while nothing else is under way, and not again where it failed.
+        may_begin = line.failure is None and unrest(self._view()) is None
+        return line.view(leads=False, may_prepare=line.in_force is not None or may_begin)
+
+    async def _do(self, line: EpochLine, action: Action) -> None:
         match action:
             case Replace(shard_id=shard_id):
                 await self._acts.replace(shard_id)
             case Prepare():
-                await self._prepare(action)
+                await line.prepare(action)
             case Commit(number=number):
-                await self._commit(number)
+                await self._commit(line, number)
             case Abort():
-                await self._abort(action)
+                await self._abort(line, action)
             case Retire(shard_id=shard_id, number=number):
                 self._acts.begin_retiring(shard_id, number)
             case Remove(shard_id=shard_id):
@@ -262,74 +261,25 @@ class EpochKeeper:
             case EndMovement(failure=failure):
                 self._end_movement(failure)
 
-    # Epochs
-
-    async def _prepare(self, action: Prepare) -> None:
-        number, placement = self._memory.state.last_epoch + 1, action.placement
-        addresses = [self._shards.address_of(shard_id) for shard_id in placement.slots_by_shard]
-        assert self._memory.state.epoch is not None
-        epoch = Epoch(
-            number=number,
-            weights_version=self._memory.state.epoch["weights_version"],
-            shards=tuple(address for address in addresses if address is not None),
-            placement=placement,
-        )
-        await self._memory.change(preparing=epoch.to_dict(), last_epoch=number)
-        why = ", to make good a loss" if action.is_repair else ", to balance" if action.is_move else ""
-        logger.info("epoch %d: preparing%s", number, why)
-        self._preparing = Preparation(
-            number=number, placement=placement, is_repair=action.is_repair, is_move=action.is_move
-        )
-        for shard_id in placement.slots_by_shard:
-            self._tasks.begin(("prepare", shard_id, number), partial(self._prepare_shard, shard_id, epoch))
-
-    async def _prepare_shard(self, shard_id: ShardId, epoch: Epoch) -> None:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._pool.prepare(shard_id, self._memory.state.term, epoch)
-        except ShardDied as error:
-            self.note_death(shard_id, str(error))
-        except (ShardError, TimeoutError) as error:
-            self._fail(epoch.number, f"{shard_id}: {error or f'not prepared within {self._timeout_s:g} s'}")
-        else:
-            self._shards.note_serves(shard_id, epoch.number)
-            if self._preparing is not None and self._preparing.number == epoch.number:
-                self._preparing = replace(self._preparing, ready=self._preparing.ready | {shard_id})
-
-    def _fail(self, number: int, reason: str) -> None:
-        if self._preparing is not None and self._preparing.number == number:
-            self._preparing = replace(self._preparing, failure=reason)
-
-    async def _commit(self, number: int) -> None:
-        assert self._memory.state.preparing is not None
-        assert self._preparing is not None
-        # What moved is what should be from now on; until now nothing had changed, so giving up cost nothing.
-        moved = {"target": dict(self._preparing.placement.slots_by_shard)} if self._preparing.is_move else {}
-        await self._memory.change(epoch=self._memory.state.preparing, preparing=None, **moved)
-        if moved and self._movement is not None:
+    async def _commit(self, line: EpochLine, number: int) -> None:
+        is_move = await line.commit(number)
+        if is_move and self._movement is not None:
             self._movement = self._movement.taken_up()
-        self._preparing = None
-        self._committed_s = self._clock()
-        self._preparations.succeed()
         self._acts.forgive()
-        logger.info("epoch %d: in force", number)
         self._on_news()
 
-    async def _abort(self, abort: Abort) -> None:
-        assert self._preparing is not None
-        members, is_move = self._preparing.placement.slots_by_shard, self._preparing.is_move
-        self._preparing = None
-        logger.warning("epoch %d: given up: %s", abort.number, abort.reason)
-        if is_move:
+    async def _abort(self, line: EpochLine, abort: Abort) -> None:
+        given_up = await line.abort(abort)
+        if given_up.is_move:
             self._end_movement(abort.reason)
-        await self._memory.change(preparing=None)
-        if not abort.try_again_now:
-            self._preparations.fail(self._clock())
-        for shard_id in members:
+        self._tell_given_up(given_up.number, given_up.placement)
+        self._on_news()
+
+    def _tell_given_up(self, number: int, placement: ExpertPlacement) -> None:
+        for shard_id in placement.slots_by_shard:
             # Also those that still load for it and do not serve it yet.
             if shard_id in self._shards.up():
-                self._acts.begin_retiring(shard_id, abort.number)
-        self._on_news()
+                self._acts.begin_retiring(shard_id, number)
 
     def _end_movement(self, failure: str | None) -> None:
         assert self._movement is not None

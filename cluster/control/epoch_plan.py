@@ -90,6 +90,8 @@ def decide(view: EpochView) -> tuple[Action, ...]:
 
 
 def _replacements(view: EpochView) -> Iterator[Action]:
+    if not view.leads:
+        return
     for shard_id in view.target.slots_by_shard:
         known = view.shards.get(shard_id)
         if known is None or (known.state is MemberState.DEAD and not known.rests):
@@ -203,11 +205,15 @@ def _retirements(view: EpochView) -> Iterator[Action]:
 
 
 def _removals(view: EpochView) -> Iterator[Action]:
+    if not view.leads:
+        return
     preparing = () if view.preparing is None else view.preparing.placement.slots_by_shard
     for shard_id, shard in view.shards.items():
         if shard_id in view.target.slots_by_shard:
             continue
-        is_member = shard_id in view.placement.slots_by_shard or shard_id in preparing
+        is_member = (
+            shard_id in view.placement.slots_by_shard or shard_id in preparing or shard_id in view.used_elsewhere
+        )
         is_used = is_member or not view.settled or bool(shard.epochs & view.epochs_in_use)
         if shard.state is MemberState.DEAD or not is_used:
             yield Remove(shard_id=shard_id)

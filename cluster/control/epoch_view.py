@@ -61,7 +61,10 @@ class EpochView:
     """target: what each desired shard should hold once all is well. settled: this controller has been there for a
     lease, so every router that lives has told it which epoch it uses. may_prepare: the last attempts did not fail
     just now. may_rejoin: the last epoch is old enough to make another one for the links' sake alone. movement: the
-    last rebalance, under way or over."""
+    last rebalance, under way or over.
+
+    All of it is of one weights version. leads: that is the one that is served, by which shards are replaced and
+    removed; used_elsewhere: shards that epochs of another version need."""
 
     now_s: float
     number: int
@@ -74,6 +77,8 @@ class EpochView:
     may_prepare: bool = True
     may_rejoin: bool = True
     movement: Movement | None = None
+    leads: bool = True
+    used_elsewhere: frozenset[ShardId] = frozenset()
 
     def state(self, shard_id: ShardId) -> MemberState:
         """A shard that is not known has ended, or was never made."""

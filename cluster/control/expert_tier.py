@@ -18,6 +18,7 @@ from cluster.control.desired_state import Memory
 from cluster.control.epoch_keeper import EpochKeeper
 from cluster.control.reconcile import shard_ids
 from cluster.control.shard_fleet import ShardFleet, ShardPool
+from cluster.control.weight_lines import served_model
 from cluster.service_model import read_model_config, resolve
 from experts.epoch import Epoch
 from experts.hub import resolve_model
@@ -27,7 +28,6 @@ from router.config import ModelConfig
 
 logger = logging.getLogger("arriero.controller")
 
-WEIGHTS_VERSION = 1
 # A start that failed is told to all who ask in this time, and tried anew for who comes later.
 REMEMBER_FAILURE_S = 10.0
 
@@ -97,10 +97,14 @@ class ExpertTier:
         return await asyncio.shield(self._bring_up)
 
     async def replace(self, config: ServiceConfig) -> None:
-        """Takes the shards down and begins to bring up those of another configuration."""
+        """Takes the shards down and begins to bring up those of another configuration, whose weights are another
+        version."""
         await self.remove(drain_timeout_s=0.0)
         self.config = config
-        await self._memory.change(config=config.model_dump())
+        version = self._memory.state.last_version + 1
+        await self._memory.change(
+            config=config.model_dump(), weights_version=version, last_version=version, model=None, update=None
+        )
         self._bring_up = self._begin()
 
     async def remove(self, *, drain_timeout_s: float) -> None:
@@ -127,7 +131,7 @@ class ExpertTier:
             raise
 
     async def _start(self) -> Started:
-        folder = await asyncio.to_thread(resolve_model, self.config.model)
+        folder = await asyncio.to_thread(resolve_model, served_model(self._memory.state))
         model = await asyncio.to_thread(read_model_config, Path(folder))
         config = resolve(self.config, model, self._num_cores)
         make_spec = partial(self._spec, config, model)
@@ -145,10 +149,14 @@ class ExpertTier:
             {shard_id: make_spec(shard_id, slots_by_shard[shard_id]) for shard_id in self.shard_ids}
         )
         number = self._memory.state.last_epoch + 1
-        epoch = Epoch(number=number, weights_version=WEIGHTS_VERSION, shards=addresses, placement=placement)
+        epoch = Epoch(
+            number=number, weights_version=self._memory.state.weights_version, shards=addresses, placement=placement
+        )
         # Before any shard hears of it, so that its number is never given again.
         await self._memory.change(epoch=epoch.to_dict(), last_epoch=number, target=dict(slots_by_shard))
-        await self._fleet.open(epoch, self.shard_ids, term=self._memory.state.term)
+        await self._fleet.open(
+            epoch, self.shard_ids, term=self._memory.state.term, model=served_model(self._memory.state)
+        )
         logger.info("epoch %d: %d shards serve", epoch.number, len(addresses))
 
     def _make_keeper(self, make_spec: MakeSpec) -> EpochKeeper:
@@ -182,17 +190,17 @@ class ExpertTier:
         return ShardSpec(
             shard_id=shard_id,
             slots=slots,
-            model=config.model,
+            model=served_model(self._memory.state),
             shape=model.expert_shape,
             dtype=config.dtype,
             device=config.device,
             num_threads=config.shard_threads or 1,
             lane_spin_us=config.lane_spin_us,
             secret=self._memory.state.secret,
-            weights_version=WEIGHTS_VERSION,
+            weights_version=self._memory.state.weights_version,
             log=config.log_settings,
         )
 
     async def _remove_shards(self, drain_timeout_s: float) -> None:
         await self._fleet.remove(self.shard_ids, drain_timeout_s=drain_timeout_s)
-        await self._memory.change(shard_ids=(), target={}, epoch=None, preparing=None)
+        await self._memory.change(shard_ids=(), target={}, epoch=None, preparing=None, other=None)

@@ -59,9 +59,12 @@ def plan_shards(*, desired: Sequence[ShardId], living: Collection[ShardId]) -> S
     )
 
 
-def shard_changes(running: ServiceConfig, wanted: ServiceConfig) -> tuple[str, ...]:
-    """The keys in which two configurations need different shards."""
+def shard_changes(running: ServiceConfig, wanted: ServiceConfig, served_model: str) -> tuple[str, ...]:
+    """The keys in which two configurations need different shards. served_model: may have taken the place of what
+    running says; to ask for that is no change, either."""
     old, new = running.model_dump(), wanted.model_dump()
+    if new["model"] == served_model:
+        old["model"] = served_model
     return tuple(key for key in sorted(old) if key not in KEYS_OF_FRONT and old[key] != new[key])
 
 

@@ -42,16 +42,18 @@ class StartError(RuntimeError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
     """What a shard says of itself. load: (layer, expert, tokens) since it started. num_free_slots fit into
-    memory_pool, which it may share with others. num_loaded: slots that it was given since it started."""
+    memory_pool, which it may share with others, and of which num_free_bytes are free. num_loaded: slots that it was
+    given since it started. epochs: those it serves, each with its weights version."""
 
     pid: int
     node_id: str
     load: Sequence[tuple[int, int, int]]
-    epochs: frozenset[int]
+    epochs: Mapping[int, int]
     memory_pool: str
     num_free_slots: int
     num_loaded: int
     work: ShardWork
+    num_free_bytes: int = 0
     metrics: Snapshot = field(default_factory=Snapshot)
 
 
@@ -68,8 +70,8 @@ class ShardPool(Protocol):
         """Returns once the shard has loaded and listens."""
         ...
 
-    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch) -> None:
-        """Returns once the shard has loaded what the epoch gives it and serves it."""
+    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch, model: str) -> None:
+        """Returns once the shard has loaded what the epoch gives it, of this model, and serves it."""
         ...
 
     async def retire(self, shard_id: ShardId, term: int, number: int) -> None: ...
@@ -98,10 +100,10 @@ class ShardFleet:
         )
         return await self._all(self._within(shard_id, "loading", self._pool.address(shard_id)) for shard_id in ids)
 
-    async def open(self, epoch: Epoch, shard_ids: Iterable[ShardId], *, term: int) -> None:
+    async def open(self, epoch: Epoch, shard_ids: Iterable[ShardId], *, term: int, model: str) -> None:
         """Has the shards serve the epoch."""
         await self._all(
-            self._within(shard_id, f"opening epoch {epoch.number}", self._pool.prepare(shard_id, term, epoch))
+            self._within(shard_id, f"opening epoch {epoch.number}", self._pool.prepare(shard_id, term, epoch, model))
             for shard_id in shard_ids
         )
 

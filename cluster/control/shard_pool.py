@@ -60,8 +60,8 @@ class RayShardPool:
         address: ShardAddress = await self._ask(shard_id, "address")
         return address
 
-    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch) -> None:
-        await self._ask(shard_id, "prepare", term, epoch.to_dict())
+    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch, model: str) -> None:
+        await self._ask(shard_id, "prepare", term, epoch.to_dict(), model)
 
     async def retire(self, shard_id: ShardId, term: int, number: int) -> None:
         await self._ask(shard_id, "retire", term, number)
@@ -80,10 +80,11 @@ class RayShardPool:
             pid=stats["pid"],
             node_id=stats["node"],
             load=stats["load"],
-            epochs=frozenset(stats["epochs"]),
+            epochs=stats["weights_versions"],
             memory_pool=stats["memory_pool"],
             num_free_slots=stats["num_free_slots"],
             num_loaded=stats["num_loaded"],
+            num_free_bytes=stats["num_free_bytes"],
             work=ShardWork.from_stats(stats),
             metrics=metrics,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 
 from cluster.control.epoch_view import ShardView
 from cluster.control.membership import MemberState
@@ -13,10 +14,11 @@ from experts.placement import ShardId
 
 @dataclass(slots=True, kw_only=True)
 class _Record:
-    """address: None while it loads. seen_s: None before its first answer."""
+    """address: None while it loads. epochs: those it serves, each with its weights version. seen_s: None before its
+    first answer."""
 
     address: ShardAddress | None = None
-    epochs: frozenset[int] = frozenset()
+    epochs: dict[int, int] = field(default_factory=dict)
     memory_pool: str = ""
     num_free_slots: int = 0
     num_loaded: int = 0
@@ -59,18 +61,18 @@ class ShardRecords:
 
     def note_report(self, shard_id: ShardId, report: ShardReport, now_s: float) -> None:
         if (record := self._living(shard_id)) is not None:
-            record.epochs = report.epochs
+            record.epochs = dict(report.epochs)
             record.memory_pool, record.num_free_slots = report.memory_pool, report.num_free_slots
             record.num_loaded = report.num_loaded
             record.seen_s = now_s
 
-    def note_serves(self, shard_id: ShardId, number: int) -> None:
+    def note_serves(self, shard_id: ShardId, number: int, weights_version: int) -> None:
         if (record := self._living(shard_id)) is not None:
-            record.epochs |= {number}
+            record.epochs[number] = weights_version
 
     def note_retired(self, shard_id: ShardId, number: int) -> None:
         if (record := self._living(shard_id)) is not None:
-            record.epochs -= {number}
+            record.epochs.pop(number, None)
 
     def note_death(self, shard_id: ShardId, *, rests_until_s: float = 0.0) -> bool:
         """Whether that is news."""
@@ -80,17 +82,25 @@ class ShardRecords:
         record.has_ended, record.rests_until_s = True, rests_until_s
         return True
 
-    def views(self, now_s: float) -> dict[ShardId, ShardView]:
-        return {shard_id: self._view(record, now_s) for shard_id, record in self._records.items()}
+    def views(self, now_s: float, weights_version: int) -> dict[ShardId, ShardView]:
+        """As epochs of this version see them."""
+        return {shard_id: self._view(record, now_s, weights_version) for shard_id, record in self._records.items()}
+
+    def strays(self, weights_versions: Collection[int]) -> Iterator[tuple[ShardId, int]]:
+        """Epochs of other versions than these that a shard still serves."""
+        for shard_id in self.up():
+            for number, version in self._records[shard_id].epochs.items():
+                if version not in weights_versions:
+                    yield shard_id, number
 
     def _living(self, shard_id: ShardId) -> _Record | None:
         record = self._records.get(shard_id)
         return None if record is None or record.has_ended else record
 
-    def _view(self, record: _Record, now_s: float) -> ShardView:
+    def _view(self, record: _Record, now_s: float, weights_version: int) -> ShardView:
         return ShardView(
             state=self._state(record, now_s),
-            epochs=record.epochs,
+            epochs=frozenset(number for number, version in record.epochs.items() if version == weights_version),
             memory_pool=record.memory_pool,
             num_free_slots=record.num_free_slots,
             seen_s=record.seen_s or 0.0,

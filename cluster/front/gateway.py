@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from cluster.front.grpc_codec import (
     max_requests_of,
     prompt_of,
     requests_response,
+    update_progress_response,
+    update_response,
     view_response,
 )
 from cluster.front.open_requests import OpenRequests
@@ -47,6 +50,7 @@ from cluster.front.openai.served_model import ServedModel
 from cluster.front.rebalance_codec import progress_response, rebalance_response
 from cluster.front.relay import RelayLimits
 from cluster.front.serve_routers import ServeRouters
+from cluster.front.served_weights import ServedWeights
 from cluster.front.token_listener import TokenListener
 from cluster.front.tokenizer import Tokenizer
 from cluster.metrics import definitions as metrics
@@ -68,6 +72,8 @@ METRICS_TIMEOUT_S = 5.0
 TICK_S = 1.0
 CONTROLLER_SILENT = "the controller does not answer: try again"
 REBALANCE_TIMEOUT_S = 60.0
+# A model of the hub may have to be downloaded first.
+UPDATE_TIMEOUT_S = 600.0
 HEALTH_SERVICES = frozenset({"", "arriero.v1.GenerationService", "arriero.v1.AdminService"})
 
 
@@ -84,15 +90,16 @@ class Gateway:
         self._link = ControllerLink(self._config)
         welcome = await self._link.join_gateway(self._member(MemberState.STARTING))
         self._admin_token: str = welcome["admin_token"]
+        self._weights = ServedWeights(welcome["weights"])
         self._tokens = TokenListener(host=_node_address(), secret=welcome["secret"])
         await self._tokens.start()
-        await asyncio.to_thread(self._load, routers)
+        await asyncio.to_thread(self._load, welcome["model"], routers)
         self._ticker = asyncio.create_task(self._tick_for_ever())
-        self._link.start_reporting(self._report)
+        self._link.start_reporting(self._report, self._weights.take)
 
-    def _load(self, routers: DeploymentHandle[Any]) -> None:
-        """What the model's folder is needed for."""
-        folder = Path(resolve_model(self._config.model))
+    def _load(self, served_model: str, routers: DeploymentHandle[Any]) -> None:
+        """What the model's folder is needed for; an update may have put another one in the place of the configured."""
+        folder = Path(resolve_model(served_model))
         model = read_model_config(folder)
         config = resolve(self._config, model, os.cpu_count() or 1)
         tokenizer = Tokenizer(folder)
@@ -110,6 +117,7 @@ class Gateway:
             relay_limits=_relay_limits(config),
             seeds=seeds,
             requests=self._requests,
+            weights=self._weights,
         )
         self._model = ServedModel.of(config, folder)
         planner = Planner(
@@ -128,7 +136,8 @@ class Gateway:
             self._requests.tick()
 
     def _report(self) -> tuple[Member, MemberReport]:
-        report = self._requests.report()
+        versions = self._requests.weights_versions | {self._weights.current}
+        report = replace(self._requests.report(), weights_versions=versions)
         report.metrics.put(metrics.LATE_OUTPUTS, self._tokens.num_late_outputs)
         report.metrics.put(metrics.REFUSED_TOKEN_CONNECTIONS, self._tokens.num_refused)
         report.metrics.put(metrics.RESIDENT_MEMORY, resident_bytes())
@@ -234,6 +243,27 @@ class Gateway:
             if progress is None:
                 raise ServiceError(StatusCode.NOT_FOUND, f"rebalance_id: no {request.rebalance_id!r} is known")
             return progress_response(progress)
+
+    async def UpdateWeights(
+        self, request: admin_pb2.UpdateWeightsRequest, grpc_context: Any
+    ) -> admin_pb2.UpdateWeightsResponse:
+        with _errors_told(grpc_context):
+            self._check_admin(grpc_context)
+            with _controller_heard():
+                answer = await self._link.update_weights(UPDATE_TIMEOUT_S, model=request.model, dry_run=request.dry_run)
+            if answer.get("refusal") and (answer["is_input"] or not request.dry_run):
+                code = StatusCode.INVALID_ARGUMENT if answer["is_input"] else StatusCode.FAILED_PRECONDITION
+                raise ServiceError(code, answer["refusal"])
+            return update_response(answer)
+
+    async def GetUpdate(self, request: admin_pb2.GetUpdateRequest, grpc_context: Any) -> admin_pb2.GetUpdateResponse:
+        with _errors_told(grpc_context):
+            self._check_admin(grpc_context)
+            with _controller_heard():
+                progress = await self._link.get_update(VIEW_TIMEOUT_S, update_id=request.update_id)
+            if progress is None:
+                raise ServiceError(StatusCode.NOT_FOUND, f"update_id: no {request.update_id!r} is known")
+            return update_progress_response(progress)
 
     async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> health_pb2.HealthCheckResponse:
         with _errors_told(grpc_context):

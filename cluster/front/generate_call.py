@@ -56,8 +56,8 @@ class GenerateCall:
     """One Generate call as the client made it. sampling holds the fields it set, under the API's names.
 
     request_id is empty and seed None where the client leaves them to the gateway; resumed is by choice index.
-    stop: texts that end a choice, cut off from its text unless include_stop_str_in_output.
-    """
+    weights_version: of the tokens that are resumed, or None. stop: texts that end a choice, cut off from its text
+    unless include_stop_str_in_output."""
 
     prompt: Prompt
     num_bytes: int
@@ -68,6 +68,7 @@ class GenerateCall:
     resumed: Mapping[int, ResumedChoice] = field(default_factory=dict)
     on_missing_expert: MissingExpertPolicy | None = None
     cache_salt: str = ""
+    weights_version: int | None = None
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     origin: Origin = GRPC_GENERATE
@@ -84,11 +85,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """One message to the client. request_id and seed: in the first; usage: in the last."""
+    """One message to the client. request_id, seed and weights_version: in the first; usage: in the last."""
 
     delta: Delta
     request_id: str = ""
     seed: int | None = None
+    weights_version: int | None = None
     usage: Usage | None = None
 
     @property

@@ -19,6 +19,7 @@ from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, Origin,
 from cluster.front.journal import ChoiceJournal, ChoicePlan, Delta
 from cluster.front.open_requests import OpenRequests
 from cluster.front.relay import Relay, RelayLimits, Routers, TokenPath
+from cluster.front.served_weights import ServedWeights
 from cluster.front.stop_matcher import StopMatcher, StopStrings
 from cluster.front.tokenizer import Tokenizer
 from router.sampling_params import MAX_SEED
@@ -60,8 +61,11 @@ class Generator:
         relay_limits: RelayLimits,
         seeds: SeedSource,
         requests: OpenRequests | None = None,
+        weights: ServedWeights | None = None,
     ) -> None:
-        """encode_chat: Llama 4's format unless given. requests: where those that are under way are looked after."""
+        """encode_chat: Llama 4's format unless given. requests: where those that are under way are looked after.
+        weights: the versions that there are; one alone unless given."""
+        self._weights = weights or ServedWeights({"served": 0, "wanted": [0]})
         self._requests = requests or OpenRequests()
         self._tokenizer = tokenizer
         self._encode_chat = encode_chat or chat_encoder(tokenizer, None)
@@ -71,6 +75,11 @@ class Generator:
         self._tokens = tokens
         self._relay_limits = relay_limits
         self._seeds = seeds
+
+    @property
+    def weights_version(self) -> int:
+        """That new requests get."""
+        return self._weights.current
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Raises ValueError naming what is wrong with the prompt."""
@@ -104,6 +113,10 @@ class Generator:
                     accepted = self._accept(call)
             except ValueError as error:
                 raise ServiceError(StatusCode.INVALID_ARGUMENT, str(error)) from None
+            # With nothing in between: reports tell the versions of open requests, and of those that may come.
+            version = self._weights.bind(call.weights_version, is_resumed=bool(call.resumed))
+            for journal in accepted.journals:
+                journal.weights_version = version
             observer.accepted(accepted.request_id, len(accepted.prompt_ids), accepted.journals)
             async with aclosing(self._stream(accepted, observer.progress)) as chunks:
                 async for chunk in chunks:
@@ -169,6 +182,7 @@ def _chunk(accepted: Accepted, delta: Delta, *, is_first: bool, is_last: bool) -
         delta=delta,
         request_id=accepted.request_id if is_first else "",
         seed=accepted.seed if is_first else None,
+        weights_version=accepted.journals[0].weights_version if is_first else None,
         usage=_usage(accepted) if is_last else None,
     )
 

@@ -49,6 +49,7 @@ def generate_call(request: generation_pb2.GenerateRequest) -> GenerateCall:
         resumed=_resumed(request.resume_token_ids),
         on_missing_expert=_policy(request.on_missing_expert),
         cache_salt=request.cache_salt,
+        weights_version=request.weights_version if request.HasField("weights_version") else None,
         stop=tuple(request.sampling.stop),
         include_stop_str_in_output=request.sampling.include_stop_str_in_output,
     )
@@ -122,6 +123,7 @@ def generate_response(chunk: Chunk) -> generation_pb2.GenerateResponse:
     return generation_pb2.GenerateResponse(
         request_id=chunk.request_id,
         seed=chunk.seed,
+        weights_version=chunk.weights_version,
         choice_index=delta.choice_index,
         token_ids=delta.token_ids,
         text=chunk.text,
@@ -161,7 +163,25 @@ def view_response(view: Mapping[str, Any]) -> admin_pb2.GetViewResponse:
         load=[
             admin_pb2.ExpertLoad(layer=layer, expert=expert, tokens=tokens) for layer, expert, tokens in view["load"]
         ],
+        weights_version=view["weights_version"],
+        model=view["model"],
+        update=None if view["update"] is None else update_progress_response(view["update"]),
     )
+
+
+def update_response(answer: Mapping[str, Any]) -> admin_pb2.UpdateWeightsResponse:
+    """answer: as cluster.control.controller.Controller.update_weights gives it."""
+    return admin_pb2.UpdateWeightsResponse(
+        update_id=answer.get("update_id", ""),
+        weights_version=answer.get("weights_version", 0),
+        refusal=answer.get("refusal", ""),
+        rooms=[admin_pb2.MemoryRoom(**room) for room in answer["rooms"]],
+    )
+
+
+def update_progress_response(progress: Mapping[str, Any]) -> admin_pb2.GetUpdateResponse:
+    """progress: as cluster.control.updating.Updating.progress gives it."""
+    return admin_pb2.GetUpdateResponse(**progress)
 
 
 def max_requests_of(request: admin_pb2.ListRequestsRequest) -> int:

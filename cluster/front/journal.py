@@ -72,6 +72,8 @@ class ChoiceJournal:
         self._token_ids = list(plan.resume_ids)
         self._has_untold_end = text.push(plan.resume_ids).is_stopped and not plan.already_finished
         self._attempt = -1
+        self.weights_version = 0
+        """Bound before the first attempt, for life."""
         self._prompt_logprobs_sent = bool(plan.resume_ids)
         self._degraded = False
         self._is_finished = plan.already_finished or self._has_untold_end
@@ -117,6 +119,7 @@ class ChoiceJournal:
             params=params,
             cache_salt=self._plan.cache_salt,
             return_address=return_address,
+            weights_version=self.weights_version,
             on_missing_expert=self._plan.on_missing_expert,
         )
 

@@ -55,6 +55,11 @@ class OpenRequests:
             for observer in tuple(self._patience_s):
                 self._name_if_slow(observer)
 
+    @property
+    def weights_versions(self) -> frozenset[int]:
+        """That open requests are bound to."""
+        return frozenset(choice.journal.weights_version for observer in self._patience_s for choice in observer.choices)
+
     def report(self) -> MemberReport:
         """What this gateway has counted, and its oldest open choices."""
         num_open = sum(observer.num_open for observer in self._patience_s)

@@ -47,7 +47,9 @@ class ServeRouters:
             call.cancel()
 
     async def _call(self, request: GenerateRequest) -> CallEnd:
-        response = self._handle.generate.remote(encode(request), shun=self._shunned())
+        response = self._handle.generate.remote(
+            encode(request), weights_version=request.weights_version, shun=self._shunned()
+        )
         try:
             end = decode_finished(await response)
         except asyncio.CancelledError:

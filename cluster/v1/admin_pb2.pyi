@@ -23,6 +23,163 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class UpdateWeightsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """A folder, at the same path on every node, or the id of a model on the Hugging Face hub."""
+    dry_run: _builtins.bool
+    """Only says whether it could be done, and what memory it would take."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateWeightsRequest: _TypeAlias = UpdateWeightsRequest  # noqa: Y015
+
+@_typing.final
+class UpdateWeightsResponse(_message.Message):
+    """`arriero update --json` prints these fields under these names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    WEIGHTS_VERSION_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    ROOMS_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.str
+    """For GetUpdate; empty with dry_run."""
+    weights_version: _builtins.int
+    """That of the new weights."""
+    refusal: _builtins.str
+    """Why it cannot begin; with dry_run only."""
+    @_builtins.property
+    def rooms(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryRoom]: ...
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.str = ...,
+        weights_version: _builtins.int = ...,
+        refusal: _builtins.str = ...,
+        rooms: _abc.Iterable[Global___MemoryRoom] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal", "rooms", b"rooms", "update_id", b"update_id", "weights_version", b"weights_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateWeightsResponse: _TypeAlias = UpdateWeightsResponse  # noqa: Y015
+
+@_typing.final
+class MemoryRoom(_message.Message):
+    """What a second version of the weights takes in one memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    NEEDED_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    MISSING_BYTES_FIELD_NUMBER: _builtins.int
+    memory: _builtins.str
+    """Ray's id of the node, with the GPU where it is one's."""
+    needed_bytes: _builtins.int
+    free_bytes: _builtins.int
+    missing_bytes: _builtins.int
+    """0 where it fits; a tenth of what is free is left to others."""
+    @_builtins.property
+    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Shards and routers that fill it."""
+
+    def __init__(
+        self,
+        *,
+        memory: _builtins.str = ...,
+        members: _abc.Iterable[_builtins.str] | None = ...,
+        needed_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        missing_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "members", b"members", "memory", b"memory", "missing_bytes", b"missing_bytes", "needed_bytes", b"needed_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryRoom: _TypeAlias = MemoryRoom  # noqa: Y015
+
+@_typing.final
+class GetUpdateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.str
+    """Empty: the last one."""
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["update_id", b"update_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUpdateRequest: _TypeAlias = GetUpdateRequest  # noqa: Y015
+
+@_typing.final
+class GetUpdateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    WEIGHTS_VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.str
+    model: _builtins.str
+    weights_version: _builtins.int
+    state: _builtins.str
+    """"loading", "starting_routers", "draining", "retiring", "done"; or "withdrawing", "given_up": nothing has changed.
+    From "draining" on new requests get the new weights.
+    """
+    reason: _builtins.str
+    """With "withdrawing" and "given_up": why."""
+    @_builtins.property
+    def waits_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Members that this state does not end without."""
+
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        weights_version: _builtins.int = ...,
+        state: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        waits_for: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "reason", b"reason", "state", b"state", "update_id", b"update_id", "waits_for", b"waits_for", "weights_version", b"weights_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUpdateResponse: _TypeAlias = GetUpdateResponse  # noqa: Y015
+
+@_typing.final
 class ScaleShardsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -90,8 +247,14 @@ class GetViewResponse(_message.Message):
     ROUTERS_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    WEIGHTS_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The epoch in force: it names one triple of membership, placement and weights version."""
+    weights_version: _builtins.int
+    """The version of the weights that new requests get, and the checkpoint that they come from."""
+    model: _builtins.str
     @_builtins.property
     def controller(self) -> Global___Member: ...
     @_builtins.property
@@ -104,6 +267,10 @@ class GetViewResponse(_message.Message):
     def load(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertLoad]:
         """Of every slot that has been asked for, in order of layer and expert."""
 
+    @_builtins.property
+    def update(self) -> Global___GetUpdateResponse:
+        """The last update of the weights; unset before the first."""
+
     def __init__(
         self,
         *,
@@ -113,10 +280,13 @@ class GetViewResponse(_message.Message):
         routers: _abc.Iterable[Global___Member] | None = ...,
         shards: _abc.Iterable[Global___ShardMember] | None = ...,
         load: _abc.Iterable[Global___ExpertLoad] | None = ...,
+        weights_version: _builtins.int = ...,
+        model: _builtins.str = ...,
+        update: Global___GetUpdateResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "epoch", b"epoch", "gateways", b"gateways", "load", b"load", "routers", b"routers", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "epoch", b"epoch", "gateways", b"gateways", "load", b"load", "model", b"model", "routers", b"routers", "shards", b"shards", "update", b"update", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

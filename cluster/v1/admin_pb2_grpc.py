@@ -59,6 +59,16 @@ class AdminServiceStub(object):
                 request_serializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.FromString,
                 _registered_method=True)
+        self.UpdateWeights = channel.unary_unary(
+                '/arriero.v1.AdminService/UpdateWeights',
+                request_serializer=cluster_dot_v1_dot_admin__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_admin__pb2.UpdateWeightsResponse.FromString,
+                _registered_method=True)
+        self.GetUpdate = channel.unary_unary(
+                '/arriero.v1.AdminService/GetUpdate',
+                request_serializer=cluster_dot_v1_dot_admin__pb2.GetUpdateRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_admin__pb2.GetUpdateResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -105,6 +115,24 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateWeights(self, request, context):
+        """Puts the weights of another checkpoint in the place of those that are served, under traffic: shards and routers load
+        them beside the old ones, then new requests get them, and the old ones go with their last request. Architecture and
+        tokenizer must be the same: INVALID_ARGUMENT names what differs. Answers once that has begun; GetUpdate tells how it
+        comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when it cannot begin: memories do not hold
+        both, another change is under way, or these weights are served already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUpdate(self, request, context):
+        """NOT_FOUND for one that is not the last.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -132,6 +160,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetRebalance,
                     request_deserializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.SerializeToString,
+            ),
+            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=cluster_dot_v1_dot_admin__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_admin__pb2.UpdateWeightsResponse.SerializeToString,
+            ),
+            'GetUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpdate,
+                    request_deserializer=cluster_dot_v1_dot_admin__pb2.GetUpdateRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_admin__pb2.GetUpdateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +307,60 @@ class AdminService(object):
             '/arriero.v1.AdminService/GetRebalance',
             cluster_dot_v1_dot_admin__pb2.GetRebalanceRequest.SerializeToString,
             cluster_dot_v1_dot_admin__pb2.GetRebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.AdminService/UpdateWeights',
+            cluster_dot_v1_dot_admin__pb2.UpdateWeightsRequest.SerializeToString,
+            cluster_dot_v1_dot_admin__pb2.UpdateWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.AdminService/GetUpdate',
+            cluster_dot_v1_dot_admin__pb2.GetUpdateRequest.SerializeToString,
+            cluster_dot_v1_dot_admin__pb2.GetUpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,15 @@ class AdminServiceStub:
     """NOT_FOUND for what the controller does not know (any more): one that was begun by a controller that has gone
     since, or is not the last one. What that had not yet taken into use has been given up.
     """
+    UpdateWeights: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UpdateWeightsRequest, _admin_pb2.UpdateWeightsResponse]
+    """Puts the weights of another checkpoint in the place of those that are served, under traffic: shards and routers load
+    them beside the old ones, then new requests get them, and the old ones go with their last request. Architecture and
+    tokenizer must be the same: INVALID_ARGUMENT names what differs. Answers once that has begun; GetUpdate tells how it
+    comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when it cannot begin: memories do not hold
+    both, another change is under way, or these weights are served already.
+    """
+    GetUpdate: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetUpdateRequest, _admin_pb2.GetUpdateResponse]
+    """NOT_FOUND for one that is not the last."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -79,6 +88,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """NOT_FOUND for what the controller does not know (any more): one that was begun by a controller that has gone
     since, or is not the last one. What that had not yet taken into use has been given up.
     """
+    UpdateWeights: _aio.UnaryUnaryMultiCallable[_admin_pb2.UpdateWeightsRequest, _admin_pb2.UpdateWeightsResponse]  # type: ignore[assignment]
+    """Puts the weights of another checkpoint in the place of those that are served, under traffic: shards and routers load
+    them beside the old ones, then new requests get them, and the old ones go with their last request. Architecture and
+    tokenizer must be the same: INVALID_ARGUMENT names what differs. Answers once that has begun; GetUpdate tells how it
+    comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when it cannot begin: memories do not hold
+    both, another change is under way, or these weights are served already.
+    """
+    GetUpdate: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetUpdateRequest, _admin_pb2.GetUpdateResponse]  # type: ignore[assignment]
+    """NOT_FOUND for one that is not the last."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -130,5 +148,26 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """NOT_FOUND for what the controller does not know (any more): one that was begun by a controller that has gone
         since, or is not the last one. What that had not yet taken into use has been given up.
         """
+
+    @_abc_1.abstractmethod
+    def UpdateWeights(
+        self,
+        request: _admin_pb2.UpdateWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UpdateWeightsResponse, _abc.Awaitable[_admin_pb2.UpdateWeightsResponse]]:
+        """Puts the weights of another checkpoint in the place of those that are served, under traffic: shards and routers load
+        them beside the old ones, then new requests get them, and the old ones go with their last request. Architecture and
+        tokenizer must be the same: INVALID_ARGUMENT names what differs. Answers once that has begun; GetUpdate tells how it
+        comes along. FAILED_PRECONDITION, where dry_run answers with a refusal, when it cannot begin: memories do not hold
+        both, another change is under way, or these weights are served already.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUpdate(
+        self,
+        request: _admin_pb2.GetUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetUpdateResponse, _abc.Awaitable[_admin_pb2.GetUpdateResponse]]:
+        """NOT_FOUND for one that is not the last."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63luster/v1/generation.proto\x12\narriero.v1\"\xed\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.arriero.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.arriero.v1.ChatH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12\x0e\n\x01n\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x02\x88\x01\x01\x12\x33\n\x10resume_token_ids\x18\x08 \x03(\x0b\x32\x19.arriero.v1.ResumedChoice\x12\x36\n\x11on_missing_expert\x18\t \x01(\x0e\x32\x1b.arriero.v1.OnMissingExpert\x12\x12\n\ncache_salt\x18\n \x01(\tB\x08\n\x06promptB\x04\n\x02_nB\x07\n\x05_seed\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"J\n\rResumedChoice\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.arriero.v1.ChatMessage\"E\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12(\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x17.arriero.v1.ContentPart\"I\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x11.arriero.v1.ImageH\x00\x42\x06\n\x04part\"0\n\x05Image\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\xe3\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).arriero.v1.SamplingParams.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x17\n\nmin_tokens\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\x05H\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\'\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x1d\n\x1b_include_stop_str_in_output\"\xbf\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\x05\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.arriero.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.arriero.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x18.arriero.v1.FinishReason\x12\x10\n\x08\x64\x65graded\x18\t \x01(\x08\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.arriero.v1.UsageB\x07\n\x05_seed\"_\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"M\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.arriero.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*\x8f\x01\n\x0fOnMissingExpert\x12!\n\x1dON_MISSING_EXPERT_UNSPECIFIED\x10\x00\x12\x1a\n\x16ON_MISSING_EXPERT_WAIT\x10\x01\x12\x1a\n\x16ON_MISSING_EXPERT_FAIL\x10\x02\x12!\n\x1dON_MISSING_EXPERT_SHARED_ONLY\x10\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xf0\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1b.arriero.v1.GenerateRequest\x1a\x1c.arriero.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.arriero.v1.TokenizeRequest\x1a\x1c.arriero.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.arriero.v1.DetokenizeRequest\x1a\x1e.arriero.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63luster/v1/generation.proto\x12\narriero.v1\"\x9f\x03\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.arriero.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.arriero.v1.ChatH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12\x0e\n\x01n\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x02\x88\x01\x01\x12\x33\n\x10resume_token_ids\x18\x08 \x03(\x0b\x32\x19.arriero.v1.ResumedChoice\x12\x36\n\x11on_missing_expert\x18\t \x01(\x0e\x32\x1b.arriero.v1.OnMissingExpert\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x1c\n\x0fweights_version\x18\x0b \x01(\x04H\x03\x88\x01\x01\x42\x08\n\x06promptB\x04\n\x02_nB\x07\n\x05_seedB\x12\n\x10_weights_version\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"J\n\rResumedChoice\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.arriero.v1.ChatMessage\"E\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12(\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x17.arriero.v1.ContentPart\"I\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x05image\x18\x02 \x01(\x0b\x32\x11.arriero.v1.ImageH\x00\x42\x06\n\x04part\"0\n\x05Image\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\xe3\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).arriero.v1.SamplingParams.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x17\n\nmin_tokens\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\x05H\x0b\x88\x01\x01\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\'\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08H\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x1d\n\x1b_include_stop_str_in_output\"\xf1\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1c\n\x0fweights_version\x18\x0b \x01(\x04H\x01\x88\x01\x01\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\x05\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.arriero.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.arriero.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x18.arriero.v1.FinishReason\x12\x10\n\x08\x64\x65graded\x18\t \x01(\x08\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.arriero.v1.UsageB\x07\n\x05_seedB\x12\n\x10_weights_version\"_\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\"M\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.arriero.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*\x8f\x01\n\x0fOnMissingExpert\x12!\n\x1dON_MISSING_EXPERT_UNSPECIFIED\x10\x00\x12\x1a\n\x16ON_MISSING_EXPERT_WAIT\x10\x01\x12\x1a\n\x16ON_MISSING_EXPERT_FAIL\x10\x02\x12!\n\x1dON_MISSING_EXPERT_SHARED_ONLY\x10\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xf0\x01\n\x11GenerationService\x12G\n\x08Generate\x12\x1b.arriero.v1.GenerateRequest\x1a\x1c.arriero.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.arriero.v1.TokenizeRequest\x1a\x1c.arriero.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.arriero.v1.DetokenizeRequest\x1a\x1e.arriero.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,42 +33,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_ONMISSINGEXPERT']._serialized_start=2226
-  _globals['_ONMISSINGEXPERT']._serialized_end=2369
-  _globals['_FINISHREASON']._serialized_start=2371
-  _globals['_FINISHREASON']._serialized_end=2491
+  _globals['_ONMISSINGEXPERT']._serialized_start=2326
+  _globals['_ONMISSINGEXPERT']._serialized_end=2469
+  _globals['_FINISHREASON']._serialized_start=2471
+  _globals['_FINISHREASON']._serialized_end=2591
   _globals['_GENERATEREQUEST']._serialized_start=44
-  _globals['_GENERATEREQUEST']._serialized_end=409
-  _globals['_TOKENIDS']._serialized_start=411
-  _globals['_TOKENIDS']._serialized_end=434
-  _globals['_RESUMEDCHOICE']._serialized_start=436
-  _globals['_RESUMEDCHOICE']._serialized_end=510
-  _globals['_CHAT']._serialized_start=512
-  _globals['_CHAT']._serialized_end=561
-  _globals['_CHATMESSAGE']._serialized_start=563
-  _globals['_CHATMESSAGE']._serialized_end=632
-  _globals['_CONTENTPART']._serialized_start=634
-  _globals['_CONTENTPART']._serialized_end=707
-  _globals['_IMAGE']._serialized_start=709
-  _globals['_IMAGE']._serialized_end=757
-  _globals['_SAMPLINGPARAMS']._serialized_start=760
-  _globals['_SAMPLINGPARAMS']._serialized_end=1499
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1230
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1278
-  _globals['_GENERATERESPONSE']._serialized_start=1502
-  _globals['_GENERATERESPONSE']._serialized_end=1821
-  _globals['_TOKENLOGPROBS']._serialized_start=1823
-  _globals['_TOKENLOGPROBS']._serialized_end=1918
-  _globals['_USAGE']._serialized_start=1920
-  _globals['_USAGE']._serialized_end=2000
-  _globals['_TOKENIZEREQUEST']._serialized_start=2002
-  _globals['_TOKENIZEREQUEST']._serialized_end=2079
-  _globals['_TOKENIZERESPONSE']._serialized_start=2081
-  _globals['_TOKENIZERESPONSE']._serialized_end=2118
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2120
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2187
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2189
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2223
-  _globals['_GENERATIONSERVICE']._serialized_start=2494
-  _globals['_GENERATIONSERVICE']._serialized_end=2734
+  _globals['_GENERATEREQUEST']._serialized_end=459
+  _globals['_TOKENIDS']._serialized_start=461
+  _globals['_TOKENIDS']._serialized_end=484
+  _globals['_RESUMEDCHOICE']._serialized_start=486
+  _globals['_RESUMEDCHOICE']._serialized_end=560
+  _globals['_CHAT']._serialized_start=562
+  _globals['_CHAT']._serialized_end=611
+  _globals['_CHATMESSAGE']._serialized_start=613
+  _globals['_CHATMESSAGE']._serialized_end=682
+  _globals['_CONTENTPART']._serialized_start=684
+  _globals['_CONTENTPART']._serialized_end=757
+  _globals['_IMAGE']._serialized_start=759
+  _globals['_IMAGE']._serialized_end=807
+  _globals['_SAMPLINGPARAMS']._serialized_start=810
+  _globals['_SAMPLINGPARAMS']._serialized_end=1549
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1280
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1328
+  _globals['_GENERATERESPONSE']._serialized_start=1552
+  _globals['_GENERATERESPONSE']._serialized_end=1921
+  _globals['_TOKENLOGPROBS']._serialized_start=1923
+  _globals['_TOKENLOGPROBS']._serialized_end=2018
+  _globals['_USAGE']._serialized_start=2020
+  _globals['_USAGE']._serialized_end=2100
+  _globals['_TOKENIZEREQUEST']._serialized_start=2102
+  _globals['_TOKENIZEREQUEST']._serialized_end=2179
+  _globals['_TOKENIZERESPONSE']._serialized_start=2181
+  _globals['_TOKENIZERESPONSE']._serialized_end=2218
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2220
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2287
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2289
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2323
+  _globals['_GENERATIONSERVICE']._serialized_start=2594
+  _globals['_GENERATIONSERVICE']._serialized_end=2834
 # @@protoc_insertion_point(module_scope)

@@ -97,6 +97,7 @@ class GenerateRequest(_message.Message):
     RESUME_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ON_MISSING_EXPERT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    WEIGHTS_VERSION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Tokenized by the gateway, with the model's begin-of-text token in front."""
     n: _builtins.int
@@ -113,6 +114,10 @@ class GenerateRequest(_message.Message):
     """Cached prefixes are shared only between requests with an equal salt. Give each tenant its own where
     the timing of a cache hit must not tell one tenant of another's prompts.
     """
+    weights_version: _builtins.int
+    """With resume_token_ids: the version of the weights that they come from. FAILED_PRECONDITION where it is not served
+    any more. Unset, and in requests that do not resume: the version that the service has now.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Taken as they are; nothing is put in front."""
@@ -128,7 +133,7 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def resume_token_ids(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumedChoice]:
         """To go on with a broken stream: send the same request again, to any gateway, with `request_id` and
-        `seed` of its first response and with the token ids received so far. The new stream starts with
+        `seed` and `weights_version` of its first response and with the token ids received so far. The new stream starts with
         the token after them: neither ids, text nor logprobs of a resumed token are sent again. Text goes on
         after the text that was sent for exactly these ids. Choices not listed here start anew.
         """
@@ -146,21 +151,26 @@ class GenerateRequest(_message.Message):
         resume_token_ids: _abc.Iterable[Global___ResumedChoice] | None = ...,
         on_missing_expert: Global___OnMissingExpert.ValueType = ...,
         cache_salt: _builtins.str = ...,
+        weights_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_seed", b"_seed", "chat", b"chat", "n", b"n", "prompt", b"prompt", "sampling", b"sampling", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_seed", b"_seed", "_weights_version", b"_weights_version", "chat", b"chat", "n", b"n", "prompt", b"prompt", "sampling", b"sampling", "seed", b"seed", "text", b"text", "token_ids", b"token_ids", "weights_version", b"weights_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_seed", b"_seed", "cache_salt", b"cache_salt", "chat", b"chat", "n", b"n", "on_missing_expert", b"on_missing_expert", "prompt", b"prompt", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_seed", b"_seed", "_weights_version", b"_weights_version", "cache_salt", b"cache_salt", "chat", b"chat", "n", b"n", "on_missing_expert", b"on_missing_expert", "prompt", b"prompt", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "seed", b"seed", "text", b"text", "token_ids", b"token_ids", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__weights_version: _TypeAlias = _typing.Literal["weights_version"]  # noqa: Y015
+    _WhichOneofArgType__weights_version: _TypeAlias = _typing.Literal["_weights_version", b"_weights_version"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weights_version) -> _WhichOneofReturnType__weights_version | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
@@ -489,6 +499,7 @@ class GenerateResponse(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    WEIGHTS_VERSION_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
@@ -500,6 +511,8 @@ class GenerateResponse(_message.Message):
     request_id: _builtins.str
     """Set in the first response of a stream, and only there."""
     seed: _builtins.int
+    weights_version: _builtins.int
+    """The version of the weights that answers the whole request. Grows with each update of the weights."""
     choice_index: _builtins.int
     """The choice that the fields below are of, from 0 to n - 1."""
     text: _builtins.str
@@ -536,6 +549,7 @@ class GenerateResponse(_message.Message):
         *,
         request_id: _builtins.str = ...,
         seed: _builtins.int | None = ...,
+        weights_version: _builtins.int | None = ...,
         choice_index: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         text: _builtins.str = ...,
@@ -545,13 +559,18 @@ class GenerateResponse(_message.Message):
         degraded: _builtins.bool = ...,
         usage: Global___Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_weights_version", b"_weights_version", "seed", b"seed", "usage", b"usage", "weights_version", b"weights_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "choice_index", b"choice_index", "degraded", b"degraded", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "seed", b"seed", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_weights_version", b"_weights_version", "choice_index", b"choice_index", "degraded", b"degraded", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "seed", b"seed", "text", b"text", "token_ids", b"token_ids", "usage", b"usage", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__weights_version: _TypeAlias = _typing.Literal["weights_version"]  # noqa: Y015
+    _WhichOneofArgType__weights_version: _TypeAlias = _typing.Literal["_weights_version", b"_weights_version"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weights_version) -> _WhichOneofReturnType__weights_version | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 

@@ -10,6 +10,7 @@ import grpc
 
 from cluster.v1 import generation_pb2, generation_pb2_grpc
 
+WEIGHTS_VERSION = 7
 DRAWN_SEED = 4242
 DRAWN_REQUEST_ID = "drawn-by-the-service"
 
@@ -62,7 +63,9 @@ class ScriptedService(generation_pb2_grpc.GenerationServiceServicer):
 def responses_to(request: generation_pb2.GenerateRequest) -> Iterator[generation_pb2.GenerateResponse]:
     """The stream that generation.proto promises: what the client has is not sent again."""
     seed = request.seed if request.HasField("seed") else DRAWN_SEED
-    yield generation_pb2.GenerateResponse(request_id=request.request_id or DRAWN_REQUEST_ID, seed=seed)
+    yield generation_pb2.GenerateResponse(
+        request_id=request.request_id or DRAWN_REQUEST_ID, seed=seed, weights_version=WEIGHTS_VERSION
+    )
     resumed = {choice.choice_index: choice for choice in request.resume_token_ids}
     max_tokens = request.sampling.max_tokens
     started = {index: len(choice.token_ids) for index, choice in resumed.items()}

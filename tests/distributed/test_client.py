@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import grpc
 import pytest
 from cuttable_proxy import CuttableProxy
-from scripted_service import DRAWN_REQUEST_ID, DRAWN_SEED, Script, made_up_token, start
+from scripted_service import DRAWN_REQUEST_ID, DRAWN_SEED, WEIGHTS_VERSION, Script, made_up_token, start
 
 from cluster.client import ArrieroClient
 from cluster.client_types import ArrieroError, Piece, RetryPolicy, Sampling
@@ -80,6 +80,7 @@ def test_a_stream_that_fails_midway_goes_on_with_the_token_after(
     assert [len(choice.token_ids) for request in script.requests for choice in request.resume_token_ids] == [5, 7]
     for resumed in script.requests[1:]:
         assert (resumed.request_id, resumed.seed, resumed.text) == (DRAWN_REQUEST_ID, DRAWN_SEED, "hi")
+        assert resumed.weights_version == WEIGHTS_VERSION, "others would go on differently"
 
 
 def test_a_cut_connection_is_resumed(client: ArrieroClient, proxy: CuttableProxy, script: Script) -> None:

@@ -19,7 +19,7 @@ from experts import message
 from experts.dispatch import Combined, Dispatcher
 from experts.epoch import Epoch, ShardAddress
 from experts.lane import LaneDispatcher
-from experts.placement import ExpertPlacement, ShardId, Slot
+from experts.placement import ExpertPlacement, ShardId, Slot, WeightSlot
 
 LAYER = LAYERS[0]
 ROWS = random_rows(40, top_k=2)
@@ -177,7 +177,7 @@ def test_a_shard_that_is_slow_but_at_work_is_waited_for(transport: str, monkeypa
         assert isinstance(slow, ThreadShard)
         quick_apply = slow.shard.apply_expert
 
-        def apply(slot: Slot, x_RD: torch.Tensor) -> torch.Tensor:
+        def apply(slot: WeightSlot, x_RD: torch.Tensor) -> torch.Tensor:
             time.sleep(0.4 * silence_s)
             return quick_apply(slot, x_RD)
 

@@ -19,8 +19,10 @@ ALL_SLOTS = {(layer, expert) for layer in (1, 3) for expert in range(4)}
 class FakeRouter:
     """Does what routers do with an offer, unless it sleeps."""
 
-    def __init__(self, plane: ControlPlane, name: str = "router-1") -> None:
+    def __init__(self, plane: ControlPlane, name: str = "router-1", *, weights_version: int = 1) -> None:
         self.plane = plane
+        self.weights_version = weights_version
+        self.replica = f"replica of {name}"
         self.member = router(name)
         self.epoch = 1
         self.prepared: int | None = None
@@ -35,18 +37,30 @@ class FakeRouter:
             "epoch": self.epoch, "prepared": self.prepared, "lost": self.lost, "unreachable": self.unreachable,
         }  # fmt: skip
 
+    def member_report(self) -> MemberReport:
+        return MemberReport(
+            lanes=self.lanes,
+            weights_version=self.weights_version,
+            replica=self.replica,
+            resident_bytes=1 << 20,
+            num_free_bytes=1 << 40,
+        )
+
     def report(self) -> dict[str, Any]:
-        answer = self.plane.heartbeat(self.member, MemberReport(lanes=self.lanes))
+        answer = self.plane.heartbeat(self.member, self.member_report())
         if not answer["known"]:
             self.plane.take_in(self.member, self.member.member_id)
         offer: dict[str, Any] = answer["offer"]
         self.offered.append((answer["term"], offer["preparing"]))
+        self.follow(offer)
+        return offer
+
+    def follow(self, offer: dict[str, Any]) -> None:
         if offer["prepare"] is not None:
             self.prepared = offer["prepare"]["number"]
         if self.prepared == offer["in_force"]:
             self.epoch, self.prepared, self.lost = offer["in_force"], None, {}
             self.used.append(self.epoch)
-        return offer
 
 
 class Life:

@@ -9,9 +9,10 @@ from typing import Any
 
 from cluster.balance.expert_traffic import SlotTraffic
 from cluster.config import ServiceConfig
-from cluster.control.control_plane import ControlPlane, Outside
+from cluster.control.control_plane import ControlPlane
 from cluster.control.desired_state import DesiredState, decode_state, encode_state
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.control.outside import Outside
 from cluster.control.shard_fleet import ShardDied, ShardRefused, ShardReport
 from cluster.control.shard_work import ShardWork
 from experts.epoch import Epoch, ShardAddress
@@ -60,6 +61,8 @@ class FakeShard:
     error: str | None = None
     num_loaded: int = 0
     heard: list[str] = field(default_factory=list)
+    versions: dict[int, int] = field(default_factory=dict)
+    models: dict[int, str] = field(default_factory=dict)
 
 
 class FakePool:
@@ -67,6 +70,7 @@ class FakePool:
         self.shards: dict[ShardId, FakeShard] = {}
         self.num_created = 0
         self.num_free_slots = 0
+        self.num_free_bytes = 1 << 40
         self.loading_error: str | None = None
         self.never_loads = False
         self.drained: list[ShardId] = []
@@ -89,14 +93,17 @@ class FakePool:
             self._get(shard_id)
         return ShardAddress(shard_id=shard_id, node_id="n", host="h", port=1)
 
-    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch) -> None:
+    async def prepare(self, shard_id: ShardId, term: int, epoch: Epoch, model: str) -> None:
         shard = await self._spoken_to(shard_id)
         shard.heard.append(f"prepare {epoch.number} in term {term}")
         await shard.may_prepare.wait()
         if shard.error is not None:
             raise ShardRefused(shard.error)
         self._get(shard_id)
-        assert len({*shard.epochs, epoch.number}) <= 2, "a shard serves two epochs at most"
+        shard.versions[epoch.number] = epoch.weights_version
+        alike = [each for each in shard.epochs if shard.versions[each] == epoch.weights_version]
+        assert len({*alike, epoch.number}) <= 2, "a shard serves two epochs of a version at most"
+        shard.models[epoch.weights_version] = model
         shard.slots |= set(epoch.placement.slots_by_shard[shard_id])
         shard.epochs = sorted({*shard.epochs, epoch.number})
 
@@ -111,7 +118,8 @@ class FakePool:
             pid=7,
             node_id="n",
             load=shard.load,
-            epochs=frozenset(shard.epochs),
+            epochs={number: shard.versions[number] for number in shard.epochs},
+            num_free_bytes=self.num_free_bytes,
             memory_pool="n",
             num_free_slots=self.num_free_slots,
             num_loaded=shard.num_loaded,

@@ -46,7 +46,7 @@ def report(
         pid=1,
         node_id=NODES[shard],
         load=[],
-        epochs=frozenset({7}),
+        epochs=dict.fromkeys({7}, 1),
         memory_pool=NODES[shard],
         num_free_slots=free,
         num_loaded=0,

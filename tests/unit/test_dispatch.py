@@ -117,7 +117,7 @@ def test_gate_outputs_of_the_wrong_shape_are_the_callers_mistake() -> None:
 
 
 def test_a_slot_that_is_not_loaded_is_named() -> None:
-    with pytest.raises(ValueError, match=r"Slot\(layer=3, expert=5\) is not loaded on a"):
+    with pytest.raises(ValueError, match=r"Slot\(layer=3, expert=5\) of weights version 0 is not loaded on a"):
         make_shard(range(3)).apply(LAYER, torch.zeros(1, D), [(5, 1)])
 
 
@@ -170,8 +170,8 @@ def test_a_shard_refuses_a_slot_that_it_has_but_the_epoch_does_not_give_it() -> 
     ("wrong", "message"),
     [
         (epoch(3), "epoch 3 is older than the served epoch 4"),
-        (epoch(9, weights_version=1), "weights_version 1 is not the loaded 0"),
-        (epoch(9, experts=range(E + 1)), "places slots that a lacks"),
+        (epoch(9, weights_version=1), "places slots of weights version 1 that a lacks"),
+        (epoch(9, experts=range(E + 1)), "places slots of weights version 0 that a lacks"),
     ],
 )
 def test_an_epoch_that_a_shard_cannot_serve_is_refused(wrong: Epoch, message: str) -> None:

@@ -11,7 +11,6 @@ from fake_life import ALL_SLOTS, Life, begin, running
 from fake_world import MODEL, World, router, run
 
 from cluster.config import ServiceConfig
-from cluster.control.member_report import MemberReport
 from cluster.control.membership import MemberId
 from experts.placement import ShardId
 
@@ -272,7 +271,7 @@ async def test_a_router_that_lags_is_offered_the_epoch_in_force_before_the_one_i
         world.pool.shards[next(iter(world.pool.shards))].may_prepare.clear()
         await life.plane.scale_shards(2)
         await life.until(lambda: life.plane.state.preparing is not None)
-        offer = life.plane.heartbeat(sleeper.member, MemberReport(lanes=sleeper.lanes))["offer"]
+        offer = life.plane.heartbeat(sleeper.member, sleeper.member_report())["offer"]
         assert (offer["in_force"], offer["preparing"], offer["prepare"]["number"]) == (2, 3, 2)
 
 

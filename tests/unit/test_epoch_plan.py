@@ -242,8 +242,20 @@ def test_one_change_waits_for_the_end_of_the_one_before_it() -> None:
         (shard(DEAD), {}, True),
         (shard(READY), {"settled": False}, False),
         (shard(READY), {"preparing": replace(SIX, placement=GROWN)}, False),
+        (shard(READY), {"used_elsewhere": frozenset({C})}, False),
+        (shard(DEAD), {"used_elsewhere": frozenset({C})}, True),
+        (shard(DEAD), {"leads": False}, False),
     ],
-    ids=["no epoch needs it", "an epoch in use needs it", "dead", "routers may use it", "in preparation"],
+    ids=[
+        "no epoch needs it",
+        "an epoch in use needs it",
+        "dead",
+        "routers may use it",
+        "in preparation",
+        "another version needs it",
+        "another version cannot use it",
+        "that is for the served version to say",
+    ],
 )
 def test_a_shard_that_nobody_wants_is_removed_once_no_epoch_needs_it(
     third: ShardView, fields: dict[str, Any], removed: bool
@@ -251,3 +263,18 @@ def test_a_shard_that_nobody_wants_is_removed_once_no_epoch_needs_it(
     routers = [router(4)] if 4 in third.epochs else []
     removals = [action for action in decide(view({**WELL, C: third}, *routers, **fields)) if isinstance(action, Remove)]
     assert removals == ([Remove(shard_id=C)] if removed else [])
+
+
+def test_the_epochs_of_a_version_that_is_not_served_replace_nobody() -> None:
+    lost = {A: shard(READY, 5), B: shard(DEAD)}
+    assert decide(view(lost, router(5), leads=False)) == ()
+    assert decide(view(lost, router(5))) == (Replace(shard_id=B),)
+
+
+def test_a_version_without_an_epoch_gets_its_first_on_the_target() -> None:
+    fresh = {A: shard(READY), B: shard(READY)}
+    nothing = {"number": 0, "placement": placed(), "leads": False}
+    assert decide(view(fresh, **nothing)) == (
+        Prepare(placement=placed(a=[ONE, TWO], b=[THREE, FOUR]), is_repair=False),
+    )
+    assert decide(view(fresh, **nothing, preparing=SIX)) == (Commit(number=6),), "no router needs to be connected"

@@ -130,9 +130,13 @@ def test_the_view_keeps_members_slots_and_load() -> None:
             "routers": [],
             "shards": [{**member, "slots": [[1, 0], [3, 2]]}],
             "load": [[1, 0, 9]],
+            "weights_version": 3,
+            "model": "/m",
+            "update": None,
         }
     )
-    assert view.epoch == 4
+    assert (view.epoch, view.weights_version, view.model) == (4, 3, "/m")
+    assert not view.HasField("update")
     assert view.shards[0].member.id == "m"
     assert [(slot.layer, slot.expert) for slot in view.shards[0].slots] == [(1, 0), (3, 2)]
     assert (view.load[0].layer, view.load[0].expert, view.load[0].tokens) == (1, 0, 9)

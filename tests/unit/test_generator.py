@@ -20,6 +20,7 @@ from cluster.front.generate_call import ChatPrompt, Chunk, GenerateCall, Resumed
 from cluster.front.generator import Generator, SeedSource
 from cluster.front.open_requests import OpenRequests
 from cluster.front.relay import CallEnd, RelayLimits, RouterLostError
+from cluster.front.served_weights import ServedWeights
 from cluster.front.tokenizer import Tokenizer
 from router.messages import FinishReason, TokenLogprobs
 
@@ -83,6 +84,36 @@ def test_only_the_first_chunk_tells_id_and_seed_and_only_the_last_the_usage(toke
     usage = chunks[-1].usage
     assert usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens) == (1, 2 * NUM_TOKENS)
+
+
+def test_all_choices_and_attempts_of_a_request_are_of_the_version_that_it_began_with(tokenizer: Tokenizer) -> None:
+    weights = ServedWeights({"served": 3, "wanted": [3]})
+    requests = OpenRequests()
+
+    async def switch_then_die(attempt: Attempt) -> CallEnd:
+        weights.take({"served": 4, "wanted": [3, 4]})
+        assert requests.weights_versions == {3}
+        return await serve_two_then_die(attempt)
+
+    routers = ScriptedRouters([switch_then_die, switch_then_die, serve_whole])
+    made = generator(tokenizer, routers, weights=weights, requests=requests)
+    chunks = chunks_of(made, n=2)
+    assert [request.weights_version for request in routers.requests] == [3] * 4
+    assert [chunk.weights_version for chunk in chunks if chunk.weights_version is not None] == [3]
+    assert requests.weights_versions == frozenset()
+    assert chunks_of(made)[0].weights_version == 4
+
+
+def test_a_request_is_resumed_with_its_own_version_or_not_at_all(tokenizer: Tokenizer) -> None:
+    weights = ServedWeights({"served": 4, "wanted": [3, 4]})
+    routers = ScriptedRouters([serve_whole])
+    made = generator(tokenizer, routers, weights=weights)
+    resumed = {0: ResumedChoice(token_ids=[0, 1], finished=False)}
+    chunks_of(made, resumed=resumed, weights_version=3)
+    assert routers.requests[-1].weights_version == 3
+    weights.take({"served": 4, "wanted": [4]})
+    with pytest.raises(ServiceError, match="weights_version: 3 is not served any more"):
+        chunks_of(made, resumed=resumed, weights_version=3)
 
 
 def test_text_never_ends_inside_a_character(tokenizer: Tokenizer) -> None:

@@ -105,7 +105,7 @@ def test_a_chat_is_answered_with_a_message(service: Service) -> None:
         "id": "chatcmpl-r1",
         "object": "chat.completion",
         "model": "llama",
-        "system_fingerprint": "fp_1",
+        "system_fingerprint": "fp_1.0",
         "seed": 5,
         "choices": [
             {

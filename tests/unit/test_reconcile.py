@@ -43,7 +43,9 @@ def test_changes_of_the_front_leave_the_shards_alone() -> None:
     running = ServiceConfig(model="m")
     assert (
         shard_changes(
-            running, ServiceConfig(model="m", routers=3, max_routers=5, router_kv_target=0.5, max_model_len=99, seed=1)
+            running,
+            ServiceConfig(model="m", routers=3, max_routers=5, router_kv_target=0.5, max_model_len=99, seed=1),
+            "m",
         )
         == ()
     )
@@ -51,7 +53,15 @@ def test_changes_of_the_front_leave_the_shards_alone() -> None:
 
 def test_changes_that_concern_shards_are_named() -> None:
     running = ServiceConfig(model="m")
-    assert shard_changes(running, ServiceConfig(model="n", shards=3, dtype="float32")) == ("dtype", "model", "shards")
+    wanted = ServiceConfig(model="n", shards=3, dtype="float32")
+    assert shard_changes(running, wanted, "m") == ("dtype", "model", "shards")
+
+
+def test_neither_the_model_of_the_start_nor_the_one_that_an_update_put_in_its_place_is_a_change() -> None:
+    running = ServiceConfig(model="m")
+    assert shard_changes(running, ServiceConfig(model="m"), "updated") == ()
+    assert shard_changes(running, ServiceConfig(model="updated"), "updated") == ()
+    assert shard_changes(running, ServiceConfig(model="another"), "updated") == ("model",)
 
 
 def test_an_application_gone_for_long_enough_is_gone() -> None:

@@ -43,7 +43,7 @@ class FakeHandle:
     def generate(self) -> "FakeHandle":
         return self
 
-    def remote(self, request: bytes, *, shun: list[str]) -> FakeResponse:
+    def remote(self, request: bytes, *, weights_version: int, shun: list[str]) -> FakeResponse:
         self.shunned = shun
         return self.response
 

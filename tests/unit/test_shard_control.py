@@ -13,7 +13,7 @@ from experts.epoch import Epoch, ShardAddress
 from experts.linear import PackedLinear
 from experts.message import Refusal
 from experts.mlp import Mlp
-from experts.placement import ExpertPlacement, ShardId, Slot
+from experts.placement import ExpertPlacement, ShardId, Slot, WeightSlot
 from experts.progress import Progress
 from experts.shard import Shard
 from experts.shard_control import PreparationEndedError, ShardControl, StaleTermError
@@ -33,11 +33,14 @@ def mlp(slot: Slot) -> Mlp:
     )
 
 
-def epoch(number: int, *slots: Slot) -> Epoch:
+def epoch(number: int, *slots: Slot, weights_version: int = 0) -> Epoch:
     address = ShardAddress(shard_id=A, node_id="n", host="h", port=1)
-    return Epoch(
-        number=number, weights_version=0, shards=(address,), placement=ExpertPlacement(slots_by_shard={A: slots})
-    )
+    placement = ExpertPlacement(slots_by_shard={A: slots})
+    return Epoch(number=number, weights_version=weights_version, shards=(address,), placement=placement)
+
+
+def held(slot: Slot, weights_version: int = 0) -> WeightSlot:
+    return WeightSlot(weights_version, *slot)
 
 
 class Loader:
@@ -45,13 +48,15 @@ class Loader:
 
     def __init__(self) -> None:
         self.loaded: list[Slot] = []
+        self.models: list[str | None] = []
         self.error: Exception | None = None
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.has_begun = threading.Event()
         self.niceness = 0
 
-    def __call__(self, slots: Sequence[Slot], progress: Progress) -> Mapping[Slot, Mlp]:
+    def __call__(self, slots: Sequence[Slot], progress: Progress, model: str | None) -> Mapping[Slot, Mlp]:
+        self.models.append(model)
         self.niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         mlps = {}
         for slot in slots:
@@ -83,8 +88,8 @@ def control(shard: Shard, loader: Loader) -> ShardControl:
     return ShardControl(shard, loader)
 
 
-def refusal(shard: Shard, number: int, slot: Slot) -> Refusal | None:
-    return shard.refusal(epoch=number, weights_version=0, slots=[slot])
+def refusal(shard: Shard, number: int, slot: Slot, weights_version: int = 0) -> Refusal | None:
+    return shard.refusal(epoch=number, weights_version=weights_version, slots=[slot])
 
 
 def test_a_prepared_epoch_has_its_further_slots_and_the_old_one_does_not(
@@ -97,7 +102,7 @@ def test_a_prepared_epoch_has_its_further_slots_and_the_old_one_does_not(
     assert shard.epochs == (1, 2)
     assert refusal(shard, 2, SECOND) is None
     assert refusal(shard, 1, SECOND) is Refusal.NO_SUCH_SLOT
-    assert torch.equal(shard.apply_expert(SECOND, torch.ones(1, D)), mlp(SECOND)(torch.ones(1, D)))
+    assert torch.equal(shard.apply_expert(held(SECOND), torch.ones(1, D)), mlp(SECOND)(torch.ones(1, D)))
     assert shard.load.snapshot() == [(1, 0, 0), (1, 1, 1)]
 
 
@@ -111,14 +116,14 @@ def test_with_its_epoch_go_the_slots_that_no_other_one_needs_but_not_while_their
 ) -> None:
     control.prepare(TERM, epoch(2, SECOND))
     control.retire(TERM, 1)
-    assert shard.slots == (SECOND,)
+    assert shard.slots == (held(SECOND),)
     assert refusal(shard, 1, FIRST) is Refusal.STALE_EPOCH
-    shard.free_retired(in_use=[FIRST])
-    assert shard.apply_expert(FIRST, torch.ones(1, D)).shape == (1, D)
+    shard.free_retired(in_use=[held(FIRST)])
+    assert shard.apply_expert(held(FIRST), torch.ones(1, D)).shape == (1, D)
     shard.free_retired(in_use=[])
     assert not shard.has_retired
     with pytest.raises(ValueError, match="not loaded"):
-        shard.apply_expert(FIRST, torch.ones(1, D))
+        shard.apply_expert(held(FIRST), torch.ones(1, D))
     assert shard.load.snapshot()[0] == (1, 0, 1)
 
 
@@ -130,7 +135,7 @@ def test_a_slot_that_was_to_be_freed_is_loaded_again_when_an_epoch_needs_it(
     control.prepare(TERM, epoch(3, FIRST, SECOND))
     shard.free_retired(in_use=[])
     assert loader.loaded == [SECOND, FIRST]
-    assert shard.apply_expert(FIRST, torch.ones(1, D)).shape == (1, D)
+    assert shard.apply_expert(held(FIRST), torch.ones(1, D)).shape == (1, D)
 
 
 def test_a_shard_that_loses_its_last_epoch_keeps_its_weights(
@@ -162,7 +167,7 @@ def test_an_aborted_preparation_stops_loading_and_leaves_nothing(
     thread.join(20)
     assert failure
     assert loader.loaded == [SECOND], "it stops at the next slot"
-    assert (shard.epochs, shard.slots) == ((1,), (FIRST,))
+    assert (shard.epochs, shard.slots) == ((1,), (held(FIRST),))
     with pytest.raises(PreparationEndedError):
         control.prepare(TERM, epoch(2, FIRST))
 
@@ -171,14 +176,14 @@ def test_an_epoch_that_was_prepared_and_then_aborted_gives_its_slots_back(shard:
     control.prepare(TERM, epoch(2, FIRST, SECOND))
     control.retire(TERM, 2)
     shard.free_retired(in_use=[])
-    assert (shard.epochs, shard.slots) == ((1,), (FIRST,))
+    assert (shard.epochs, shard.slots) == ((1,), (held(FIRST),))
 
 
 def test_what_cannot_be_loaded_is_told_and_changes_nothing(shard: Shard, control: ShardControl, loader: Loader) -> None:
     loader.error = OSError("model.safetensors: truncated")
     with pytest.raises(OSError, match="truncated"):
         control.prepare(TERM, epoch(2, FIRST, SECOND))
-    assert (shard.epochs, shard.slots) == ((1,), (FIRST,))
+    assert (shard.epochs, shard.slots) == ((1,), (held(FIRST),))
     loader.error = None
     control.prepare(TERM, epoch(3, FIRST, SECOND))
     assert shard.epochs == (1, 3)
@@ -192,3 +197,42 @@ def test_a_controller_of_an_earlier_term_is_refused(shard: Shard, control: Shard
         control.retire(TERM - 1, 1)
     control.retire(TERM + 1, 1)
     assert shard.epochs == (2,)
+
+
+def test_two_versions_of_a_slot_lie_side_by_side_until_the_old_one_is_retired(
+    shard: Shard, control: ShardControl, loader: Loader
+) -> None:
+    control.prepare(TERM, epoch(2, FIRST, weights_version=1), "the new model")
+    assert (loader.loaded, loader.models) == ([FIRST], ["the new model"])
+    assert shard.slots == (held(FIRST), held(FIRST, 1))
+    assert shard.weights_versions == {1: 0, 2: 1}
+    assert refusal(shard, 1, FIRST) is refusal(shard, 2, FIRST, weights_version=1) is None
+    assert refusal(shard, 2, FIRST) is Refusal.OTHER_WEIGHTS_VERSION
+    control.retire(TERM, 1)
+    assert refusal(shard, 1, FIRST) is Refusal.STALE_EPOCH
+    shard.free_retired(in_use=[])
+    assert shard.slots == (held(FIRST, 1),)
+    with pytest.raises(ValueError, match="is not loaded"):
+        shard.apply_expert(held(FIRST), torch.ones(1, D))
+
+
+def test_each_version_may_go_on_to_its_next_epoch_while_the_other_one_serves(
+    shard: Shard, control: ShardControl
+) -> None:
+    control.prepare(TERM, epoch(2, FIRST, weights_version=1))
+    control.prepare(TERM, epoch(3, FIRST, SECOND))
+    control.prepare(TERM, epoch(4, FIRST, SECOND, weights_version=1))
+    assert shard.weights_versions == {1: 0, 2: 1, 3: 0, 4: 1}
+    with pytest.raises(ValueError, match=r"epoch 5 would be one too many beside \[1, 3\]"):
+        control.prepare(TERM, epoch(5, FIRST))
+    with pytest.raises(ValueError, match="epoch 3 is of weights version 0, not 1"):
+        control.prepare(TERM, epoch(3, FIRST, weights_version=1))
+
+
+def test_giving_a_new_version_up_frees_its_slots_alone(shard: Shard, control: ShardControl) -> None:
+    control.prepare(TERM, epoch(2, FIRST, SECOND, weights_version=1))
+    control.retire(TERM, 2)
+    shard.free_retired(in_use=[held(SECOND, 1)])
+    assert shard.slots == (held(FIRST),), "what rows still wait for is kept, but no longer counts"
+    shard.free_retired(in_use=[])
+    assert shard.apply_expert(held(FIRST), torch.ones(1, D)).shape == (1, D)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experts.message import Identity, request_header
-from experts.placement import Slot
+from experts.placement import Slot, WeightSlot
 from experts.tiles import ExpertTile, TileQueue
 from experts.transport.base import RowRequest
 
@@ -16,9 +16,9 @@ class Lane:
     """Stands for a lane; the queue only compares it."""
 
 
-def request(layer: int, rows_per_expert: dict[int, int]) -> RowRequest:
+def request(layer: int, rows_per_expert: dict[int, int], weights_version: int = 0) -> RowRequest:
     pairs = tuple(sorted(rows_per_expert.items()))
-    header = request_header(Identity(1, 0, 1, 1, layer, 0, 0), pairs)
+    header = request_header(Identity(1, weights_version, 1, 1, layer, 0, 0), pairs)
     return RowRequest(header=header, rows_per_expert=pairs, x_RD=torch.zeros(header.num_rows, 1))
 
 
@@ -45,6 +45,14 @@ def test_rows_of_another_layer_do_not_join() -> None:
     assert shape(queue.take()) == [(1, 0, [3])]
     assert len(queue.pop_finished()) == 1
     assert shape(queue.take()) == [(3, 0, [2])]
+
+
+def test_rows_for_another_version_of_the_weights_do_not_join() -> None:
+    queue = filled(256, request(1, {0: 3}), request(1, {0: 2}, weights_version=1))
+    assert queue.slots == {WeightSlot(0, 1, 0), WeightSlot(1, 1, 0)}
+    assert [(tile.slot, len(tile.parts_RD)) for tile in queue.take()] == [(WeightSlot(0, 1, 0), 1)]
+    queue.pop_finished()
+    assert [(tile.slot, len(tile.parts_RD)) for tile in queue.take()] == [(WeightSlot(1, 1, 0), 1)]
 
 
 def test_a_short_message_is_served_after_one_tile_of_a_long_one_and_lets_it_go_on() -> None:
@@ -94,7 +102,7 @@ def test_every_row_is_handed_out_once_and_to_its_own_expert(
                 assert len(part) > 0
                 # Handed out once: still zero; the mark says by which slot.
                 assert not part.any()
-                part.fill_(_mark(tile.slot))
+                part.fill_(_mark(tile.slot.slot))
         finished.extend(one for _lane, one in queue.pop_finished())
     assert sorted(map(id, finished)) == sorted(map(id, made))
     for one in made:

@@ -106,7 +106,9 @@ class Planner:
         request_id: str,
         num_bytes: int,
     ) -> list[GenerateCall]:
-        """Without a seed of the client's every prompt gets its own: equal prompts are asked for unequal answers."""
+        """Without a seed of the client's every prompt gets its own: equal prompts are asked for unequal answers. One
+        version of the weights answers all of them."""
+        version = self.generator.weights_version
         names = [request_id] if len(prompts) == 1 else [f"{request_id}-{index}" for index in range(len(prompts))]
         return [
             generate_call(
@@ -116,6 +118,7 @@ class Planner:
                 request_id=name,
                 seed=self.seeds.draw() >> DROPPED_SEED_BITS if request.seed is None else request.seed,
                 num_bytes=num_bytes // len(prompts),
+                weights_version=version,
             )
             for name, prompt in zip(names, prompts, strict=True)
         ]
@@ -126,7 +129,7 @@ class Planner:
             id=answer_id,
             created=int(time.time()),
             model=self.model.name,
-            system_fingerprint=self.model.fingerprint,
+            system_fingerprint=self.model.fingerprint_of(calls[0].weights_version or 0),
             seed=seeds.pop() if len(seeds) == 1 else None,
         )
 

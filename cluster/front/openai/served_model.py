@@ -38,6 +38,9 @@ class ServedModel:
             max_model_len=config.max_model_len,
         )
 
+    def fingerprint_of(self, weights_version: int) -> str:
+        return f"{self.fingerprint}.{weights_version}"
+
     def card(self) -> ModelCard:
         return ModelCard(id=self.name, created=self.created, owned_by=OWNER, max_model_len=self.max_model_len)
 

@@ -84,7 +84,14 @@ def _sampling(request: GenerationRequest) -> dict[str, Any]:
 
 
 def generate_call(
-    request: GenerationRequest, prompt: Prompt, sampling: dict[str, Any], *, request_id: str, seed: int, num_bytes: int
+    request: GenerationRequest,
+    prompt: Prompt,
+    sampling: dict[str, Any],
+    *,
+    request_id: str,
+    seed: int,
+    num_bytes: int,
+    weights_version: int | None = None,
 ) -> GenerateCall:
     return GenerateCall(
         prompt=prompt,
@@ -93,6 +100,7 @@ def generate_call(
         sampling=sampling,
         request_id=request_id,
         seed=seed,
+        weights_version=weights_version,
         resumed={
             choice.index: ResumedChoice(token_ids=choice.token_ids, finished=choice.finished)
             for choice in request.resume_token_ids or ()
