@@ -114,6 +114,10 @@ class ServiceConfig(BaseModel):
         None, ge=0, le=100_000, description="How long routers and shards look for rows before they go to sleep, in "
         "microseconds. Default: by the machine's cores.",
     )  # fmt: skip
+    micro_batches: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether routers cut long steps in two, one half computing while the other is with the "
+        "experts. auto: where it was measured to pay. on: always. off: never.",
+    )  # fmt: skip
     resubmit_timeout_s: float = Field(
         60.0, gt=0, description="How long a gateway looks for another router when a request's own is lost."
     )

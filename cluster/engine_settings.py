@@ -29,4 +29,5 @@ def engine_settings(config: ServiceConfig) -> EngineSettings:
         log=config.log_settings,
         lane_transport=config.lane_transport,
         lane_spin_us=config.lane_spin_us,
+        micro_batches=config.micro_batches,
     )

@@ -29,6 +29,7 @@ from router.engine_loop import BuiltEngine
 from router.epoch_switch import EpochSwitch
 from router.kv_cache import KvCache, KvCacheSpec, KvGroup
 from router.messages import EngineSettings, Start
+from router.micro_batches import MicroBatching
 from router.model import Llama4Model
 from router.native.kernels import layer_kernels
 from router.weights import load_router, validate_router
@@ -81,6 +82,7 @@ def build_engine(start: Start, progress: Callable[[str], Progress] | None = None
         expert_wait_s=settings.expert_wait_s,
         weights_version=start.weights_version,
         expert_load=experts.load,
+        micro_batching=MicroBatching(settings.micro_batches),
     )
     return BuiltEngine(engine=engine, capacity=capacity.describe(demand), close=experts.close, epochs=experts.epochs)
 

@@ -138,6 +138,9 @@ class TokenBatch(msgspec.Struct, frozen=True, kw_only=True):
     begun: list[RequestAttempt] = []
 
 
+MicroBatchMode = Literal["auto", "on", "off"]
+
+
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator decides about one engine.
 
@@ -166,6 +169,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     log: LogSettings = LogSettings()
     lane_transport: LaneTransport = "auto"
     lane_spin_us: int | None = None
+    micro_batches: MicroBatchMode = "auto"
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):

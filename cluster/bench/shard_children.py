@@ -23,7 +23,7 @@ ANSWER_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTierSpec:
-    """echo_s: as in ShardProcessSpec; model is not read then. num_threads: of each shard."""
+    """echo_s, echo_row_s: as in ShardProcessSpec; model is not read then. num_threads: of each shard."""
 
     num_shards: int
     model: str
@@ -32,6 +32,7 @@ class ShardTierSpec:
     dtype: str
     num_threads: int
     echo_s: float | None
+    echo_row_s: float = 0.0
     load_timeout_s: float = 600.0
 
 
@@ -79,7 +80,7 @@ class ShardChildren:
                 secret=self.secret,
                 weights_version=WEIGHTS_VERSION,
             )
-            child.tell(ShardProcessSpec(shard=shard, echo_s=spec.echo_s).to_dict())
+            child.tell(ShardProcessSpec(shard=shard, echo_s=spec.echo_s, echo_row_s=spec.echo_row_s).to_dict())
         addresses = tuple(ShardAddress(**child.hear(spec.load_timeout_s)) for child in children)
         epoch = Epoch(number=1, weights_version=WEIGHTS_VERSION, shards=addresses, placement=placement)
         for child in children:
