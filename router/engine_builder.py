@@ -11,6 +11,7 @@ import torch
 from experts.checkpoint import Checkpoint
 from experts.dispatch import Dispatcher, LocalDispatcher
 from experts.epoch import Epoch
+from experts.expert_dtype import ExpertDtype
 from experts.hub import resolve_model
 from experts.lane import LaneDispatcher
 from experts.load import ExpertLoad
@@ -148,11 +149,18 @@ def _reach_experts(
         for shard_id, reason in lanes.lost.items():
             logger.error("%s is lost from the start: %s", shard_id, reason)
         return _Experts(dispatcher=lanes, epochs=EpochSwitch(lanes))
+    expert_dtype = ExpertDtype.chosen(start.settings.dtype, start.settings.expert_dtype)
     slots = [Slot(layer, expert) for layer in config.moe_layers for expert in range(config.num_local_experts)]
     shard = Shard(
         shard_id=ShardId(f"{start.router_id}-experts"),
         slots=load_slots(
-            checkpoint, slots, config.expert_shape, dtype=dtype, device=device, progress=progress("experts")
+            checkpoint,
+            slots,
+            config.expert_shape,
+            dtype=dtype,
+            device=device,
+            quantized=expert_dtype.stored,
+            progress=progress("experts"),
         ),
         hidden_size=config.hidden_size,
         dtype=dtype,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PEERS = ("transformers", "llama.cpp", "vllm")
 MODES = ("auto", "on", "off")
+EXPERT_DTYPES = ("auto", "int8", "int4")
 ARRIERO = "arriero"
 
 
@@ -45,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Where a preset's checkpoint is made, and kept for the next time. Default: {PRESET_FOLDER}.",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="Default: bfloat16.")
+    parser.add_argument(
+        "--expert-dtype", type=name_list, default=("auto",), metavar="NAME,..",
+        help=f"Of {', '.join(EXPERT_DTYPES)}: as the key of serve, a contestant for each. Default: auto.",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of each contestant. Default: all.")
     _add_case_arguments(parser.add_argument_group("cases"))
     _add_shard_arguments(parser.add_argument_group("experts in shards"))
@@ -154,6 +159,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--peer-python must name one of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
     if arguments.shards < 0:
         raise ValueError(f"--shards must be at least 0, got {arguments.shards}")
+    if unknown := set(arguments.expert_dtype) - set(EXPERT_DTYPES):
+        raise ValueError(f"--expert-dtype must be of {', '.join(EXPERT_DTYPES)}, got {', '.join(sorted(unknown))}")
     if unknown := set(arguments.micro_batches) - set(MODES):
         raise ValueError(f"--micro-batches must be of {', '.join(MODES)}, got {', '.join(sorted(unknown))}")
     if not arguments.shards and arguments.routers != (1,):
@@ -183,9 +190,12 @@ def _enter(
     arriero = partial(
         start_arriero, setup=setup, closing=closing, tier=_tier(arguments, folder), transport=arguments.transport
     )
-    for num_routers, mode in product(arguments.routers, arguments.micro_batches):
-        name = _name(num_routers, mode, arguments)
-        race.join(name, partial(arriero, name, num_routers=num_routers, micro_batches=mode))
+    for num_routers, mode, expert_dtype in product(arguments.routers, arguments.micro_batches, arguments.expert_dtype):
+        name = _name(num_routers, mode, expert_dtype, arguments)
+        race.join(
+            name,
+            partial(arriero, name, num_routers=num_routers, micro_batches=mode, expert_dtype=expert_dtype),
+        )
     for name, root in arguments.beside:
         race.join(name, partial(arriero, name, root=Path(root)))
     pythons = dict(arguments.peer_python)
@@ -198,10 +208,12 @@ def _enter(
         race.join(name, partial(start_peer, name, peer_setup, pythons.get(name, sys.executable), closing))
 
 
-def _name(num_routers: int, mode: str, arguments: argparse.Namespace) -> str:
+def _name(num_routers: int, mode: str, expert_dtype: str, arguments: argparse.Namespace) -> str:
     """What tells it from the others."""
     routers = f" {num_routers} routers" if len(arguments.routers) > 1 else ""
-    return ARRIERO + routers + (f" micro-batches {mode}" if len(arguments.micro_batches) > 1 else "")
+    halves = f" micro-batches {mode}" if len(arguments.micro_batches) > 1 else ""
+    experts = f" experts {expert_dtype}" if len(arguments.expert_dtype) > 1 else ""
+    return ARRIERO + routers + halves + experts
 
 
 def _tier(arguments: argparse.Namespace, folder: Path) -> ShardTierSpec | None:

@@ -12,6 +12,7 @@ from typing import Self
 
 from cluster.bench.child import Child
 from experts.epoch import Epoch, ShardAddress
+from experts.expert_dtype import QuantizedDtype
 from experts.expert_shape import ExpertShape
 from experts.placement import ShardId, place
 from experts.shard_process import ShardProcessSpec
@@ -33,6 +34,7 @@ class ShardTierSpec:
     num_threads: int
     echo_s: float | None
     echo_row_s: float = 0.0
+    quantized: QuantizedDtype | None = None
     load_timeout_s: float = 600.0
 
 
@@ -75,6 +77,7 @@ class ShardChildren:
                 shape=spec.shape,
                 slots=placement.slots_by_shard[shard_id],
                 dtype=spec.dtype,
+                quantized=spec.quantized,
                 device="cpu",
                 num_threads=spec.num_threads,
                 secret=self.secret,

@@ -20,6 +20,7 @@ from cluster.control.reconcile import shard_ids
 from cluster.control.shard_fleet import ShardFleet, ShardPool
 from cluster.service_model import read_model_config, resolve
 from experts.epoch import Epoch
+from experts.expert_dtype import ExpertDtype
 from experts.hub import resolve_model
 from experts.placement import ExpertPlacement, ShardId, Slot, place
 from experts.shard_spec import ShardSpec
@@ -185,6 +186,7 @@ class ExpertTier:
             model=config.model,
             shape=model.expert_shape,
             dtype=config.dtype,
+            quantized=ExpertDtype.chosen(config.dtype, config.expert_dtype).stored,
             device=config.device,
             num_threads=config.shard_threads or 1,
             lane_spin_us=config.lane_spin_us,

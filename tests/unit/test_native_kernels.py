@@ -11,7 +11,7 @@ import torch
 from kernel_choice import kernels
 from torch.nn.functional import silu
 
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.mlp import Mlp, apply_experts
 from experts.native import build
 from experts.native.kernels import ExpertKernels, expert_kernels
@@ -98,7 +98,7 @@ def test_a_rows_bits_depend_on_no_other_row(
 def random_mlp(model: int, width: int, dtype: torch.dtype, seed: int) -> tuple[Mlp, tuple[torch.Tensor, ...]]:
     shapes = ((width, model), (width, model), (model, width))
     raw = tuple(randn(*shape, dtype=dtype, seed=seed + i) / shape[1] ** 0.5 for i, shape in enumerate(shapes))
-    gate, up, down = map(PackedLinear, raw)
+    gate, up, down = map(pack_linear, raw)
     return Mlp(gate=gate, up=up, down=down), raw
 
 
