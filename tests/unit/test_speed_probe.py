@@ -63,4 +63,4 @@ def test_speed_is_what_a_row_and_a_tile_take_once_they_are_warm(
 
 
 def test_a_shard_without_experts_has_no_speed() -> None:
-    assert measure_speed(cast("Shard", FakeShard(()))) is None
+    assert measure_speed(cast("Shard", FakeShard(())), flops_per_row=FLOPS_PER_ROW) is None
