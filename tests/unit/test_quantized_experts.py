@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from kernel_choice import KERNELS, kernels
 
+from cluster.checkpoints.presets import create_checkpoint
+from cluster.config import ServiceConfig
+from cluster.service_model import read_model_config, resolve
 from experts.expert_dtype import ExpertDtype, QuantizedDtype
 from experts.expert_shape import ExpertShape
 from experts.linear import pack_linear
 from experts.mlp import Mlp, apply_experts
+from experts.placement import ShardId, Slot
 from experts.quantize import QuantizedWeight, quantize
+from experts.shard_loader import load_shard, num_free_slots
+from experts.shard_spec import ShardSpec
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS: tuple[QuantizedDtype, ...] = ("int8", "int4")
@@ -126,3 +134,27 @@ def test_a_weight_of_zeros_stays_zero() -> None:
 def test_what_cannot_be_quantised_is_refused(weight: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pack_linear(weight, "int4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_loads_what_its_plan_counted_on(kind: QuantizedDtype, kernel_choice: str, tmp_path: Path) -> None:
+    folder = create_checkpoint("tiny-maverick", tmp_path / "tiny")
+    config = read_model_config(folder)
+    slots = tuple(Slot(config.moe_layers[0], expert) for expert in range(2))
+    spec = ShardSpec(
+        shard_id=ShardId("shard-0"), model=str(folder), shape=config.expert_shape, slots=slots, dtype="float32",
+        device="cpu", num_threads=1, secret=b"s", weights_version=0, quantized=kind,
+    )  # fmt: skip
+    shard, plain = load_shard(spec), load_shard(replace(spec, quantized=None))
+    planned = len(slots) * config.expert_shape.slot_bytes(spec.expert_dtype)
+    assert shard.num_bytes == planned if kernel_choice == "native" else planned * 0.9 < shard.num_bytes <= planned
+    assert num_free_slots(spec) > 3 * num_free_slots(replace(spec, quantized=None))
+    x_RD = random_weight(5, config.hidden_size, torch.float32)
+    assert 0 < error(shard.apply_expert(slots[0], x_RD), plain.apply_expert(slots[0], x_RD)) < 0.25
+
+
+def test_a_model_whose_width_does_not_fit_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    config = read_model_config(create_checkpoint("tiny-maverick", tmp_path / "tiny"))
+    service = ServiceConfig(model="m", expert_dtype="int8")
+    with pytest.raises(ValueError, match="hidden_size must be a multiple of 16"):
+        resolve(service, replace(config, hidden_size=72), 2)
