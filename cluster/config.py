@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.checkpoints.demo_model import demo_checkpoint
+from experts.expert_dtype import ExpertDtypeChoice
 from experts.logs import LogSettings
 from experts.transport.names import LaneTransport
 
@@ -60,6 +61,10 @@ class ServiceConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of weights and KV cache. auto: as the checkpoint says."
     )
+    expert_dtype: ExpertDtypeChoice = Field(
+        "auto", description="As what routed experts are kept. auto: as dtype says. int8, int4: as whole numbers with "
+        "scales, for half or a quarter of the memory and a small error.",
+    )  # fmt: skip
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where routers and shards compute. cuda is unmeasured.")
     max_model_len: int | None = Field(
         None, ge=2, description="Longest sequence, prompt and output together, in tokens. Default: what the model "
@@ -113,6 +118,10 @@ class ServiceConfig(BaseModel):
     lane_spin_us: int | None = Field(
         None, ge=0, le=100_000, description="How long routers and shards look for rows before they go to sleep, in "
         "microseconds. Default: by the machine's cores.",
+    )  # fmt: skip
+    micro_batches: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether routers cut long steps in two, one half computing while the other is with the "
+        "experts. auto: where it was measured to pay. on: always. off: never.",
     )  # fmt: skip
     resubmit_timeout_s: float = Field(
         60.0, gt=0, description="How long a gateway looks for another router when a request's own is lost."

@@ -14,6 +14,7 @@ def engine_settings(config: ServiceConfig) -> EngineSettings:
     return EngineSettings(
         model=config.model,
         dtype=config.dtype,
+        expert_dtype=config.expert_dtype,
         device=config.device,
         num_threads=config.router_threads,
         max_model_len=config.max_model_len,
@@ -29,4 +30,5 @@ def engine_settings(config: ServiceConfig) -> EngineSettings:
         log=config.log_settings,
         lane_transport=config.lane_transport,
         lane_spin_us=config.lane_spin_us,
+        micro_batches=config.micro_batches,
     )

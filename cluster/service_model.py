@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ServiceConfig
+from experts.expert_dtype import check_axis
 from router.config import ModelConfig
 
 MAX_DEFAULT_MODEL_LEN = 8192
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16", None: "bfloat16"}
-ITEMSIZES = {"float32": 4, "bfloat16": 2}
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -45,6 +45,9 @@ def resolve(config: ServiceConfig, model: ModelConfig, num_cores: int) -> Servic
             f"max_model_len must be at most the model's max_position_embeddings "
             f"({model.max_position_embeddings}), not {max_model_len}"
         )
+    if config.expert_dtype != "auto":
+        check_axis("hidden_size", model.hidden_size)
+        check_axis("intermediate_size of the experts", model.expert_shape.intermediate_size)
     threads = max(1, num_cores // (config.most_routers + config.shards))
     return config.model_copy(
         update={

@@ -37,7 +37,7 @@ class ExpertShardActor:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._shard = load_shard(spec)
         self._control = ShardControl(self._shard, partial(load_more, spec))
-        self._speed = measure_speed(self._shard)
+        self._speed = measure_speed(self._shard, flops_per_row=spec.shape.flops_per_row)
         self._num_free_slots = partial(num_free_slots, spec)
         self._num_free_bytes = partial(num_free_bytes, spec)
         self._server = ShardServer(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experts.expert_dtype import ExpertDtype
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertShape:
@@ -13,9 +15,10 @@ class ExpertShape:
     intermediate_size: int
     num_experts: int
 
-    def slot_bytes(self, itemsize: int) -> int:
-        """Of one expert's three matrices, in a dtype of this many bytes."""
-        return 3 * self.hidden_size * self.intermediate_size * itemsize
+    def slot_bytes(self, dtype: ExpertDtype) -> int:
+        """Of one expert's three matrices."""
+        up, down = (self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
+        return 2 * dtype.weight_bytes(*up) + dtype.weight_bytes(*down)
 
     @property
     def flops_per_row(self) -> int:

@@ -41,12 +41,14 @@ def load_more(spec: ShardSpec, slots: Sequence[Slot], progress: Progress, model:
     dtype = _dtype(spec)
     torch.set_num_threads(spec.num_threads)
     checkpoint = Checkpoint.open(resolve_model(model or spec.model))
-    return load_slots(checkpoint, slots, spec.shape, dtype=dtype, device=spec.device, progress=progress)
+    return load_slots(
+        checkpoint, slots, spec.shape, dtype=dtype, device=spec.device, quantized=spec.quantized, progress=progress
+    )
 
 
 def num_free_slots(spec: ShardSpec) -> int:
     """How many further slots would fit, leaving half of the free memory to whoever else needs it."""
-    return int(num_free_bytes(spec) * _SHARE_OF_FREE_MEMORY) // spec.shape.slot_bytes(_dtype(spec).itemsize)
+    return int(num_free_bytes(spec) * _SHARE_OF_FREE_MEMORY) // spec.shape.slot_bytes(spec.expert_dtype)
 
 
 def num_free_bytes(spec: ShardSpec) -> int:

@@ -28,10 +28,12 @@ from experts.stand_in import EchoExpert
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardProcessSpec:
-    """echo_s: the experts are EchoExperts of that service time, and no checkpoint is read; None: real ones."""
+    """echo_s: the experts are EchoExperts of that service time, and of echo_row_s for each row, and no checkpoint is
+    read; None: real ones."""
 
     shard: ShardSpec
     echo_s: float | None = None
+    echo_row_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"shard": asdict(self.shard) | {"secret": self.shard.secret.hex()}}
@@ -50,7 +52,7 @@ class ShardProcessSpec:
                 "log": LogSettings(**given["log"]),
             }
         )
-        return cls(shard=shard, echo_s=plain["echo_s"])
+        return cls(shard=shard, echo_s=plain["echo_s"], echo_row_s=plain["echo_row_s"])
 
 
 def make_shard(spec: ShardProcessSpec) -> Shard:
@@ -59,7 +61,7 @@ def make_shard(spec: ShardProcessSpec) -> Shard:
         return load_shard(spec.shard)
     return Shard(
         shard_id=spec.shard.shard_id,
-        slots={slot: EchoExpert(spec.echo_s) for slot in spec.shard.slots},
+        slots={slot: EchoExpert(spec.echo_s, spec.echo_row_s) for slot in spec.shard.slots},
         hidden_size=spec.shard.shape.hidden_size,
         dtype=getattr(torch, spec.shard.dtype),
         weights_version=spec.shard.weights_version,

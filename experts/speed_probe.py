@@ -16,17 +16,17 @@ _MAX_EXPERTS = 8
 _ROUNDS = 3
 
 
-def measure_speed(shard: Shard) -> ShardSpeed | None:
+def measure_speed(shard: Shard, *, flops_per_row: int) -> ShardSpeed | None:
     """Computes one row with up to 8 of the shard's experts, and a tile with one, three times each. The best time
-    counts: whatever else runs on the machine only makes it longer. None for a shard without experts."""
+    counts: whatever else runs on the machine only makes it longer. flops_per_row: of one expert. None for a shard
+    without experts."""
     experts = shard.experts[:_MAX_EXPERTS]
     if not experts:
         return None
     row_s = _best_time(experts, _rows(shard, 1)) / len(experts)
     tile_s = _best_time(experts[:1], _rows(shard, TILE_ROWS))
     num_bytes = experts[0].num_bytes
-    flops = 2 * TILE_ROWS * num_bytes // shard.dtype.itemsize
-    return ShardSpeed(bytes_per_s=num_bytes / row_s, flops_per_s=flops / tile_s)
+    return ShardSpeed(bytes_per_s=num_bytes / row_s, flops_per_s=TILE_ROWS * flops_per_row / tile_s)
 
 
 def _best_time(experts: Sequence[Expert], x_RD: torch.Tensor) -> float:

@@ -10,14 +10,16 @@ import torch
 
 
 class EchoExpert:
-    """Answers a row with itself, after service_s seconds of sleep: simulated, and nothing is computed."""
+    """Answers rows with themselves, after service_s and for each row row_s seconds of sleep: simulated, and nothing
+    is computed."""
 
     num_bytes = 0
 
-    def __init__(self, service_s: float = 0.0) -> None:
+    def __init__(self, service_s: float = 0.0, row_s: float = 0.0) -> None:
         self._service_s = service_s
+        self._row_s = row_s
 
     def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
-        if self._service_s:
-            time.sleep(self._service_s)
+        if (seconds := self._service_s + self._row_s * len(x_RD)) > 0:
+            time.sleep(seconds)
         return x_RD

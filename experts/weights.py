@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from experts.checkpoint import Checkpoint
+from experts.expert_dtype import QuantizedDtype
 from experts.expert_shape import ExpertShape
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.mlp import Mlp
 from experts.placement import Slot
 from experts.progress import Progress
@@ -38,19 +39,26 @@ def validate_experts(checkpoint: Checkpoint, layers: Iterable[int], shape: Exper
 
 
 def load_expert(
-    checkpoint: Checkpoint, slot: Slot, shape: ExpertShape, *, dtype: torch.dtype, device: torch.device | str
+    checkpoint: Checkpoint,
+    slot: Slot,
+    shape: ExpertShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantized: QuantizedDtype | None = None,
 ) -> Mlp:
-    """Reads one expert's bytes and nothing else. Raises CheckpointError as ``validate_experts`` and ``read`` do."""
+    """Reads one expert's bytes and nothing else. quantized: as what it is kept, None as dtype. Raises CheckpointError
+    as ``validate_experts`` and ``read`` do."""
     validate_experts(checkpoint, [slot.layer], shape)
     gate_up, down = expert_tensor_names(slot.layer)
     hidden = shape.intermediate_size
     gate_FD, up_FD = _read_transposed(checkpoint, gate_up, slot.expert, (hidden, hidden), dtype)
-    gate = PackedLinear(gate_FD.to(device))
+    gate = pack_linear(gate_FD.to(device), quantized)
     del gate_FD
-    up = PackedLinear(up_FD.to(device))
+    up = pack_linear(up_FD.to(device), quantized)
     del up_FD
     (down_DF,) = _read_transposed(checkpoint, down, slot.expert, (shape.hidden_size,), dtype)
-    return Mlp(gate=gate, up=up, down=PackedLinear(down_DF.to(device)))
+    return Mlp(gate=gate, up=up, down=pack_linear(down_DF.to(device), quantized))
 
 
 def load_slots(
@@ -60,6 +68,7 @@ def load_slots(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    quantized: QuantizedDtype | None = None,
     progress: Progress | None = None,
 ) -> dict[Slot, Mlp]:
     """Loads slots one after the other, in the order in which they lie on disk.
@@ -69,7 +78,7 @@ def load_slots(
     validate_experts(checkpoint, sorted({slot.layer for slot in slots}), shape)
     mlps: dict[Slot, Mlp] = {}
     for slot in sorted(set(slots)):
-        mlps[slot] = load_expert(checkpoint, slot, shape, dtype=dtype, device=device)
+        mlps[slot] = load_expert(checkpoint, slot, shape, dtype=dtype, device=device, quantized=quantized)
         if progress is not None:
             progress(len(mlps), len(set(slots)))
     return mlps

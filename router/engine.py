@@ -11,7 +11,7 @@ import torch
 
 from experts.dispatch import Dispatcher
 from experts.load import ExpertLoad
-from router.batch import Batch, build_batch
+from router.batch import Batch, SequenceSlice, build_batch
 from router.block_geometry import BlockGeometry
 from router.block_manager import BlockManager
 from router.config import ModelConfig
@@ -27,6 +27,7 @@ from router.messages import (
     MissingExpertPolicy,
     SequenceOutput,
 )
+from router.micro_batches import MicroBatching, halve
 from router.model import ForwardResult
 from router.parking import Parking
 from router.prefix_cache.block_hash import root_hash
@@ -50,6 +51,8 @@ class Model(Protocol):
 
     def forward(self, batch: Batch, kv: KvCache, dispatcher: Dispatcher) -> ForwardResult: ...
 
+    def forward_in_turn(self, batches: ListOf[Batch], kv: KvCache, dispatcher: Dispatcher) -> ForwardResult: ...
+
 
 class Engine:
     """Continuous batching over one model and one KV cache.
@@ -70,10 +73,12 @@ class Engine:
         expert_wait_s: float = 120.0,
         weights_version: int = 0,
         expert_load: ExpertLoad | None = None,
+        micro_batching: MicroBatching | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """on_missing_expert is for requests that do not say; those that wait do so for expert_wait_s at most.
-        weights_version keys the prefix cache. expert_load is of experts in this process.
+        weights_version keys the prefix cache. expert_load is of experts in this process. micro_batching:
+        None decides by itself.
 
         Raises ValueError when the block size does not divide the attention chunk."""
         self._model = model
@@ -86,6 +91,7 @@ class Engine:
         self._parking = Parking(max_wait_s=expert_wait_s, clock=clock)
         self._weights_version = weights_version
         self._expert_load = expert_load
+        self._micro_batching = micro_batching or MicroBatching()
         self._block_manager = BlockManager(
             geometry=BlockGeometry(block_size=limits.block_size, attention_chunk_size=config.attention_chunk_size),
             num_global_blocks=limits.num_global_blocks,
@@ -197,8 +203,20 @@ class Engine:
         self._num_steps += 1
         self._dispatcher.begin_step(self._num_steps)
         slices = [part.model_slice() for part in parts]
-        batch = build_batch(slices, self._config, self._limits.block_size, self._model.device)
-        return self._model.forward(batch, self._kv_cache, self._dispatcher)
+        num_tokens = sum(part.scheduled.num_tokens for part in parts)
+        began_at = time.perf_counter()
+        halved = self._micro_batching.is_halved(num_tokens)
+        if halved:
+            batches = [self._batch(half) for half in halve(slices)]
+            result = self._model.forward_in_turn(batches, self._kv_cache, self._dispatcher)
+        else:
+            result = self._model.forward(self._batch(slices), self._kv_cache, self._dispatcher)
+        seconds = time.perf_counter() - began_at
+        self._micro_batching.note(num_tokens, halved=halved, seconds=seconds, waited_s=result.waited_s)
+        return result
+
+    def _batch(self, slices: ListOf[SequenceSlice]) -> Batch:
+        return build_batch(slices, self._config, self._limits.block_size, self._model.device)
 
     def _park(self, parts: ListOf[StepPart], missing_T: torch.Tensor | None) -> list[StepPart]:
         """Takes this step back from sequences that are to wait for an expert it missed; returns the other parts."""

@@ -11,6 +11,7 @@ import torch
 from experts.checkpoint import Checkpoint
 from experts.dispatch import Dispatcher, LocalDispatcher
 from experts.epoch import Epoch
+from experts.expert_dtype import ExpertDtype
 from experts.hub import resolve_model
 from experts.lane import LaneDispatcher
 from experts.load import ExpertLoad
@@ -29,6 +30,7 @@ from router.engine_loop import BuiltEngine
 from router.epoch_switch import EpochSwitch
 from router.kv_cache import KvCache, KvCacheSpec, KvGroup
 from router.messages import EngineSettings, Start
+from router.micro_batches import MicroBatching
 from router.model import Llama4Model
 from router.native.kernels import layer_kernels
 from router.weights import load_router, validate_router
@@ -81,6 +83,7 @@ def build_engine(start: Start, progress: Callable[[str], Progress] | None = None
         expert_wait_s=settings.expert_wait_s,
         weights_version=start.weights_version,
         expert_load=experts.load,
+        micro_batching=MicroBatching(settings.micro_batches),
     )
     return BuiltEngine(engine=engine, capacity=capacity.describe(demand), close=experts.close, epochs=experts.epochs)
 
@@ -146,11 +149,18 @@ def _reach_experts(
         for shard_id, reason in lanes.lost.items():
             logger.error("%s is lost from the start: %s", shard_id, reason)
         return _Experts(dispatcher=lanes, epochs=EpochSwitch(lanes))
+    expert_dtype = ExpertDtype.chosen(start.settings.dtype, start.settings.expert_dtype)
     slots = [Slot(layer, expert) for layer in config.moe_layers for expert in range(config.num_local_experts)]
     shard = Shard(
         shard_id=ShardId(f"{start.router_id}-experts"),
         slots=load_slots(
-            checkpoint, slots, config.expert_shape, dtype=dtype, device=device, progress=progress("experts")
+            checkpoint,
+            slots,
+            config.expert_shape,
+            dtype=dtype,
+            device=device,
+            quantized=expert_dtype.stored,
+            progress=progress("experts"),
         ),
         hidden_size=config.hidden_size,
         dtype=dtype,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from experts.expert_dtype import ExpertDtypeChoice
 from experts.logs import LogSettings
 from experts.transport.names import LaneTransport
 from router.sampling_params import SamplingParams
@@ -140,6 +141,9 @@ class TokenBatch(msgspec.Struct, frozen=True, kw_only=True):
     begun: list[RequestAttempt] = []
 
 
+MicroBatchMode = Literal["auto", "on", "off"]
+
+
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator decides about one engine.
 
@@ -147,7 +151,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     what fits into kv_memory_share of the memory that is free once the weights are loaded (None: a share that suits
     the device). lane_timeout_s bounds the wait for one shard, lane_silence_s that for a sign that it is at
     work, expert_wait_s that for an expert without a living shard; lane_spin_us is how long to look for rows before
-    sleeping (None: what suits the host).
+    sleeping (None: what suits the host). expert_dtype is of experts in this process.
     """
 
     model: str
@@ -168,6 +172,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     log: LogSettings = LogSettings()
     lane_transport: LaneTransport = "auto"
     lane_spin_us: int | None = None
+    micro_batches: MicroBatchMode = "auto"
+    expert_dtype: ExpertDtypeChoice = "auto"
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):

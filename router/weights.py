@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from experts.checkpoint import Checkpoint
-from experts.linear import PackedLinear
+from experts.linear import PackedLinear, pack_linear
 from experts.mlp import Mlp
 from experts.progress import Progress
 from experts.scratch import scratch_tensor
@@ -112,11 +112,11 @@ class _Reader:
         """One layer of the rows of all the named matrices."""
         weights = [self._read(name) for name in names]
         if len(weights) == 1:
-            return PackedLinear(weights[0].to(self._device))
+            return pack_linear(weights[0].to(self._device))
         num_rows = sum(len(weight) for weight in weights)
         joined = scratch_tensor((num_rows, weights[0].shape[1]), self._dtype)
         torch.cat(weights, out=joined)
-        return PackedLinear(joined.to(self._device))
+        return pack_linear(joined.to(self._device))
 
     def mlp(self, prefix: str) -> Mlp:
         return Mlp(

@@ -15,7 +15,7 @@ import transformers
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from experts.checkpoint import Checkpoint
-from experts.linear import PackedLinear
+from experts.linear import PackedLinear, pack_linear
 from experts.mlp import Mlp
 from experts.placement import Slot
 from router.config import ModelConfig
@@ -173,4 +173,4 @@ def _expert(state: Mapping[str, torch.Tensor], layer: int, expert: int, dtype: t
 
 
 def _packed_transpose(weight_IO: torch.Tensor) -> PackedLinear:
-    return PackedLinear(weight_IO.T.contiguous())
+    return pack_linear(weight_IO.T.contiguous())

@@ -15,13 +15,14 @@ from cluster.bench.child import Child
 from cluster.bench.peers.line_protocol import Setup
 from cluster.bench.rows import Row
 from cluster.bench.shard_children import ShardChildren, ShardTierSpec
+from experts.expert_dtype import ExpertDtype, ExpertDtypeChoice
 from experts.transport.names import LaneTransport
+from router.messages import MicroBatchMode
 
 LOAD_TIMEOUT_S = 900.0
 ANSWER_TIMEOUT_S = 300.0
 
 MODULES = {"transformers": "transformers_peer", "llama.cpp": "llama_cpp_peer", "vllm": "vllm_peer"}
-ARRIERO = "arriero"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,22 +107,28 @@ def start_arriero(
     num_routers: int = 1,
     tier: ShardTierSpec | None = None,
     transport: LaneTransport = "shm",
+    micro_batches: MicroBatchMode = "auto",
+    expert_dtype: ExpertDtypeChoice = "auto",
 ) -> Contestant:
     """root: another checkout of arriero to run instead of this one. transport: to the shards of tier.
 
     Raises ChildError, OSError.
     """
     environment = {} if root is None else {"PYTHONPATH": str(root)}
+    if tier is not None:
+        tier = replace(tier, quantized=ExpertDtype.chosen(setup.dtype, expert_dtype).stored)
     shards = None if tier is None else closing.enter_context(ShardChildren(tier))
     command = [sys.executable, "-P", "-m", "cluster.bench.peers.arriero_peer"]
     children = [Child(name, command, environment=environment) for _ in range(num_routers)]
     options: dict[str, Any] = {} if shards is None else {"epoch": shards.epoch.to_dict(), "secret": shards.secret.hex()}
-    options["lane_transport"] = transport
+    options |= {"lane_transport": transport, "micro_batches": micro_batches, "expert_dtype": expert_dtype}
     setups = [replace(setup, options=options | {"router_id": f"router-{index}"}) for index in range(num_routers)]
-    columns: Row = {"contestant": name, "shards": 0, "transport": "local"}
+    columns: Row = {"contestant": name, "expert_dtype": expert_dtype, "shards": 0, "transport": "local"}
     if tier is not None:
         columns |= {"shards": tier.num_shards, "transport": transport, "routers": num_routers}
-        columns |= {} if tier.echo_s is None else {"simulated_ms": tier.echo_s * 1e3}
+        columns["micro_batches"] = micro_batches
+        if tier.echo_s is not None:
+            columns |= {"simulated_ms": tier.echo_s * 1e3, "simulated_row_us": tier.echo_row_s * 1e6}
     return _start(children, [] if shards is None else [shards], setups, columns, closing)
 
 

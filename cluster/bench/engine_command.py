@@ -7,6 +7,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from cluster.bench.shard_children import ShardTierSpec
 
 PEERS = ("transformers", "llama.cpp", "vllm")
+MODES = ("auto", "on", "off")
+EXPERT_DTYPES = ("auto", "int8", "int4")
+ARRIERO = "arriero"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"Where a preset's checkpoint is made, and kept for the next time. Default: {PRESET_FOLDER}.",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="Default: bfloat16.")
+    parser.add_argument(
+        "--expert-dtype", type=name_list, default=("auto",), metavar="NAME,..",
+        help=f"Of {', '.join(EXPERT_DTYPES)}: as the key of serve, a contestant for each. Default: auto.",
+    )  # fmt: skip
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of each contestant. Default: all.")
     _add_case_arguments(parser.add_argument_group("cases"))
     _add_shard_arguments(parser.add_argument_group("experts in shards"))
@@ -71,14 +79,23 @@ def _add_shard_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--shard-threads", type=positive, default=1, metavar="N", help="Of each shard. Default: 1.")
     group.add_argument(
-        "--routers", type=positive, default=1, metavar="N", help="Routers that decode at the same time. Default: 1."
-    )
+        "--routers", type=positive_list, default=(1,), metavar="N,..",
+        help="Routers that work at the same time on the same shards, a contestant for each number. Default: 1.",
+    )  # fmt: skip
+    group.add_argument(
+        "--micro-batches", type=name_list, default=("auto",), metavar="MODE,..",
+        help=f"Of {', '.join(MODES)}: as the key of serve, a contestant for each. Default: auto.",
+    )  # fmt: skip
     group.add_argument(
         "--transport", choices=("shm", "tcp"), default="shm", help="From routers to shards. Default: shm."
     )
     group.add_argument(
         "--shard-latency-ms", type=float, metavar="X",
         help="Simulated: shards sleep this long for each expert they are asked for, and compute nothing.",
+    )  # fmt: skip
+    group.add_argument(
+        "--shard-row-us", type=float, default=0.0, metavar="X",
+        help="With --shard-latency-ms: and this long for each row. Default: 0.",
     )  # fmt: skip
 
 
@@ -142,16 +159,25 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--peer-python must name one of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
     if arguments.shards < 0:
         raise ValueError(f"--shards must be at least 0, got {arguments.shards}")
-    if not arguments.shards and arguments.routers > 1:
+    if unknown := set(arguments.expert_dtype) - set(EXPERT_DTYPES):
+        raise ValueError(f"--expert-dtype must be of {', '.join(EXPERT_DTYPES)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(arguments.micro_batches) - set(MODES):
+        raise ValueError(f"--micro-batches must be of {', '.join(MODES)}, got {', '.join(sorted(unknown))}")
+    if not arguments.shards and arguments.routers != (1,):
         raise ValueError("--routers needs --shards: routers without shards have nothing in common")
     if not arguments.shards and arguments.shard_latency_ms is not None:
         raise ValueError("--shard-latency-ms needs --shards")
+    if arguments.shard_row_us and arguments.shard_latency_ms is None:
+        raise ValueError("--shard-row-us needs --shard-latency-ms")
+    for name in ("shard_latency_ms", "shard_row_us"):
+        if (getattr(arguments, name) or 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(arguments, name):g}")
 
 
 def _enter(
     race: Race, arguments: argparse.Namespace, folder: Path, cases: EngineCases, threads: int, closing: ExitStack
 ) -> None:
-    from cluster.bench.contestant import ARRIERO, start_arriero, start_peer
+    from cluster.bench.contestant import start_arriero, start_peer
     from cluster.bench.peers.line_protocol import Setup
 
     setup = Setup(
@@ -164,7 +190,12 @@ def _enter(
     arriero = partial(
         start_arriero, setup=setup, closing=closing, tier=_tier(arguments, folder), transport=arguments.transport
     )
-    race.join(ARRIERO, partial(arriero, ARRIERO, num_routers=arguments.routers))
+    for num_routers, mode, expert_dtype in product(arguments.routers, arguments.micro_batches, arguments.expert_dtype):
+        name = _name(num_routers, mode, expert_dtype, arguments)
+        race.join(
+            name,
+            partial(arriero, name, num_routers=num_routers, micro_batches=mode, expert_dtype=expert_dtype),
+        )
     for name, root in arguments.beside:
         race.join(name, partial(arriero, name, root=Path(root)))
     pythons = dict(arguments.peer_python)
@@ -175,6 +206,14 @@ def _enter(
         options = {"gguf": str(arguments.gguf), "processes": arguments.vllm_processes}
         peer_setup = replace(setup, options=options)
         race.join(name, partial(start_peer, name, peer_setup, pythons.get(name, sys.executable), closing))
+
+
+def _name(num_routers: int, mode: str, expert_dtype: str, arguments: argparse.Namespace) -> str:
+    """What tells it from the others."""
+    routers = f" {num_routers} routers" if len(arguments.routers) > 1 else ""
+    halves = f" micro-batches {mode}" if len(arguments.micro_batches) > 1 else ""
+    experts = f" experts {expert_dtype}" if len(arguments.expert_dtype) > 1 else ""
+    return ARRIERO + routers + halves + experts
 
 
 def _tier(arguments: argparse.Namespace, folder: Path) -> ShardTierSpec | None:
@@ -192,4 +231,5 @@ def _tier(arguments: argparse.Namespace, folder: Path) -> ShardTierSpec | None:
         dtype=arguments.dtype,
         num_threads=arguments.shard_threads,
         echo_s=None if latency_ms is None else latency_ms / 1e3,
+        echo_row_s=arguments.shard_row_us / 1e6,
     )

@@ -12,6 +12,7 @@ from typing import Self
 
 from cluster.bench.child import Child
 from experts.epoch import Epoch, ShardAddress
+from experts.expert_dtype import QuantizedDtype
 from experts.expert_shape import ExpertShape
 from experts.placement import ShardId, place
 from experts.shard_process import ShardProcessSpec
@@ -23,7 +24,7 @@ ANSWER_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTierSpec:
-    """echo_s: as in ShardProcessSpec; model is not read then. num_threads: of each shard."""
+    """echo_s, echo_row_s: as in ShardProcessSpec; model is not read then. num_threads: of each shard."""
 
     num_shards: int
     model: str
@@ -32,6 +33,8 @@ class ShardTierSpec:
     dtype: str
     num_threads: int
     echo_s: float | None
+    echo_row_s: float = 0.0
+    quantized: QuantizedDtype | None = None
     load_timeout_s: float = 600.0
 
 
@@ -74,12 +77,13 @@ class ShardChildren:
                 shape=spec.shape,
                 slots=placement.slots_by_shard[shard_id],
                 dtype=spec.dtype,
+                quantized=spec.quantized,
                 device="cpu",
                 num_threads=spec.num_threads,
                 secret=self.secret,
                 weights_version=WEIGHTS_VERSION,
             )
-            child.tell(ShardProcessSpec(shard=shard, echo_s=spec.echo_s).to_dict())
+            child.tell(ShardProcessSpec(shard=shard, echo_s=spec.echo_s, echo_row_s=spec.echo_row_s).to_dict())
         addresses = tuple(ShardAddress(**child.hear(spec.load_timeout_s)) for child in children)
         epoch = Epoch(number=1, weights_version=WEIGHTS_VERSION, shards=addresses, placement=placement)
         for child in children:

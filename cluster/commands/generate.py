@@ -31,6 +31,7 @@ ENGINE_FLAGS = (
     "model",
     "chat_template",
     "dtype",
+    "expert_dtype",
     "device",
     "max_model_len",
     "max_num_batched_tokens",

@@ -14,6 +14,7 @@ from cluster.balance.plan import Plan, Prediction, Refusal, RefusalReason
 from cluster.balance.rebalance import BalanceGoal, predict, rebalance
 from cluster.control.shard_fleet import ShardReport
 from experts.epoch import Epoch
+from experts.expert_dtype import ExpertDtype
 from experts.expert_shape import ExpertShape
 from experts.placement import ExpertPlacement, ShardId
 from experts.shard_speed import ShardSpeed
@@ -61,9 +62,9 @@ class Balancer:
         self._busy.forget(shard_id)
 
     def question(
-        self, epoch: Epoch, shape: ExpertShape, *, itemsize: int, goal: BalanceGoal, now_s: float
+        self, epoch: Epoch, shape: ExpertShape, *, dtype: ExpertDtype, goal: BalanceGoal, now_s: float
     ) -> BalanceQuestion | Refusal:
-        """Refuses (NOT_READY) while not enough is known of the shards of the epoch. itemsize: bytes of a weight."""
+        """Refuses (NOT_READY) while not enough is known of the shards of the epoch. dtype: of the experts."""
         ids = [address.shard_id for address in epoch.shards]
         silent = [shard_id for shard_id in ids if shard_id not in self._reports]
         if silent:
@@ -71,7 +72,7 @@ class Balancer:
         speed = self._speed(ids)
         if speed is None:
             return not_ready("no shard has measured how fast it is")
-        slot_bytes = shape.slot_bytes(itemsize)
+        slot_bytes = shape.slot_bytes(dtype)
         shards = tuple(
             ShardResources(
                 shard_id=address.shard_id,

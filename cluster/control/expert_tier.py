@@ -21,6 +21,7 @@ from cluster.control.shard_fleet import ShardFleet, ShardPool
 from cluster.control.weight_lines import served_model
 from cluster.service_model import read_model_config, resolve
 from experts.epoch import Epoch
+from experts.expert_dtype import ExpertDtype
 from experts.hub import resolve_model
 from experts.placement import ExpertPlacement, ShardId, Slot, place
 from experts.shard_spec import ShardSpec
@@ -193,6 +194,7 @@ class ExpertTier:
             model=served_model(self._memory.state),
             shape=model.expert_shape,
             dtype=config.dtype,
+            quantized=ExpertDtype.chosen(config.dtype, config.expert_dtype).stored,
             device=config.device,
             num_threads=config.shard_threads or 1,
             lane_spin_us=config.lane_spin_us,

@@ -14,7 +14,8 @@ from cluster.control.epoch_keeper import UnrestError
 from cluster.control.expert_tier import ExpertTier
 from cluster.control.rebalance_answer import answer, progress_answer, refusal_answer
 from cluster.control.shard_fleet import ShardReport
-from cluster.service_model import ITEMSIZES, resolve
+from cluster.service_model import resolve
+from experts.expert_dtype import ExpertDtype
 from experts.placement import ExpertPlacement, ShardId
 
 logger = logging.getLogger("arriero.controller")
@@ -94,7 +95,7 @@ class Rebalancing:
         return self._balancer.question(
             self._tier.epoch,
             started.model.expert_shape,
-            itemsize=ITEMSIZES[resolve(config, started.model, self._num_cores).dtype],
+            dtype=ExpertDtype.chosen(resolve(config, started.model, self._num_cores).dtype, config.expert_dtype),
             goal=BalanceGoal(min_copies=config.copies),
             now_s=self._clock(),
         )

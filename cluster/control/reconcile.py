@@ -17,8 +17,8 @@ KEYS_OF_FRONT = frozenset(
         "max_num_batched_tokens",
         "max_num_seqs", "max_queued_requests", "num_kv_blocks", "block_size", "seed", "max_logprobs", "max_choices",
         "max_request_bytes", "stream_interval_ms", "on_missing_expert", "expert_wait_s", "lane_timeout_s",
-        "lane_silence_s", "lane_transport", "resubmit_timeout_s", "router_threads", "gateway_num_cpus",
-        "router_num_cpus", "log_format", "log_level", "access_log", "slow_request_s",
+        "lane_silence_s", "lane_transport", "micro_batches", "resubmit_timeout_s", "router_threads",
+        "gateway_num_cpus", "router_num_cpus", "log_format", "log_level", "access_log", "slow_request_s",
     }
 )  # fmt: skip
 

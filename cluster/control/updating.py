@@ -24,7 +24,8 @@ from cluster.control.update_plan import Step, UpdateState, UpdateView, next_step
 from cluster.control.update_room import Room
 from cluster.control.version_book import Members, VersionBook
 from cluster.control.weight_lines import WeightLine, lines_of, served_model, switch_changes
-from cluster.service_model import ITEMSIZES, resolve
+from cluster.service_model import resolve
+from experts.expert_dtype import ExpertDtype
 from experts.hub import resolve_model
 from experts.placement import ShardId
 
@@ -132,11 +133,11 @@ class Updating:
         if reason is not None:
             raise UpdateRefusedError(f"not now: {reason}")
         started = await self._tier.started()
-        dtype = resolve(self._tier.config, started.model, self._num_cores).dtype
+        config = self._tier.config
+        dtype = ExpertDtype.chosen(resolve(config, started.model, self._num_cores).dtype, config.expert_dtype)
+        slot_bytes = started.model.expert_shape.slot_bytes(dtype)
         try:
-            return self._book.rooms(
-                self._tier.epoch.placement.slots_by_shard, started.model.expert_shape.slot_bytes(ITEMSIZES[dtype])
-            )
+            return self._book.rooms(self._tier.epoch.placement.slots_by_shard, slot_bytes)
         except ValueError as error:
             raise UpdateRefusedError(f"not now: {error}") from None
 

@@ -7,18 +7,24 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from experts.native.build import BuildError, load_library
+from experts.native.quantized_layout import lay_out
+from experts.quantize import QuantizedWeight
 from experts.resident import resident_tensor
 
 FOLDER = Path(__file__).parent
 # "torch" turns the compiled kernels off: for comparison, and for whoever suspects them.
 CHOICE = "ARRIERO_KERNELS"
+Kind = tuple[torch.dtype, int | None]
 DTYPES = {torch.float32: ("float", 1), torch.bfloat16: ("bfloat16", 2)}
 LANES = 16
+# Bits of quantised numbers, and what that is called in the names of the kernels.
+FORMATS = {None: "", 8: "int8_", 4: "int4_"}
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +32,30 @@ _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 class PackedMatrix:
-    """A weight [out, in] in the kernels' layout (matmul.c)."""
+    """A weight [out, in] in the kernels' layout (matmul.c). bits: of its numbers where it is quantised; dtype: of what
+    it is multiplied with."""
 
-    def __init__(self, words: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, words: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype, bits: int | None = None
+    ) -> None:
         self.words = words
         self.out_features = out_features
         self.in_features = in_features
         self.dtype = dtype
+        self.bits = bits
         self.address = words.data_ptr()
+
+    @property
+    def num_bytes(self) -> int:
+        """Without what fills up the last panel."""
+        if self.bits is None:
+            return self.out_features * self.in_features * self.dtype.itemsize
+        return self.words.numel() * 4
+
+    @property
+    def kind(self) -> Kind:
+        """Which kernels it is made for."""
+        return self.dtype, self.bits
 
 
 class ExpertKernels:
@@ -45,13 +67,15 @@ class ExpertKernels:
             pack = getattr(library, f"pack_{name}")
             pack.argtypes = [_POINTER, _COUNT, _COUNT, _POINTER, _INT]
             pack.restype = None
-            matmul = getattr(library, f"matmul_{name}")
+            self._pack[dtype] = pack
+        for (dtype, (name, _elements)), (bits, middle) in product(DTYPES.items(), FORMATS.items()):
+            matmul = getattr(library, f"matmul_{middle}{name}")
             matmul.argtypes = [_POINTER, _COUNT, _POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _INT]
-            experts = getattr(library, f"experts_{name}")
+            experts = getattr(library, f"experts_{middle}{name}")
             experts.argtypes = [
                 _POINTER, _COUNT, _POINTER, _COUNT, _POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT,
             ]  # fmt: skip
-            self._pack[dtype], self._matmul[dtype], self._experts[dtype] = pack, matmul, experts
+            self._matmul[dtype, bits], self._experts[dtype, bits] = matmul, experts
 
     def pack(self, weight_OI: torch.Tensor) -> PackedMatrix:
         """A copy in the kernels' layout."""
@@ -62,6 +86,12 @@ class ExpertKernels:
         words = resident_tensor((num_words,), torch.int32)
         self._pack[weight_OI.dtype](weight_OI.data_ptr(), num_out, num_in, words.data_ptr(), torch.get_num_threads())
         return PackedMatrix(words, num_out, num_in, weight_OI.dtype)
+
+    def pack_quantized(self, weight: QuantizedWeight) -> PackedMatrix:
+        """A copy in the kernels' layout."""
+        _name, elements = DTYPES[weight.dtype]
+        num_out, num_in = weight.numbers_OI.shape
+        return PackedMatrix(lay_out(weight, elements), num_out, num_in, weight.dtype, weight.bits)
 
     def matmul(
         self, x_RI: torch.Tensor, weight: PackedMatrix, *, added_RO: torch.Tensor | None = None, wide: bool = False
@@ -76,7 +106,7 @@ class ExpertKernels:
             narrow_y, wide_y = (None, y_RO.data_ptr()) if wide else (y_RO.data_ptr(), None)
             added = None if added_RO is None else added_RO.data_ptr()
             _check(
-                self._matmul[weight.dtype](
+                self._matmul[weight.kind](
                     x_RI.data_ptr(), num_rows, weight.address, weight.out_features, weight.in_features, added,
                     narrow_y, wide_y, torch.get_num_threads(),
                 )
@@ -93,7 +123,7 @@ class ExpertKernels:
     ) -> torch.Tensor:
         """``down(silu(gate(x)) * up(x)) (+ added)``: the first rows through the first expert, and so on.
 
-        Each expert is its gate, up and down; all have the same shape. Every count is at least 1.
+        Each expert is its gate, up and down; all have the same shape and kind. Every count is at least 1.
         """
         y_RD = torch.empty_like(x_RD)
         spans = _spans(rows_per_expert)
@@ -104,7 +134,7 @@ class ExpertKernels:
             addresses = [matrix.address for expert in experts for matrix in expert]
             added = None if added_RD is None else added_RD.data_ptr()
             _check(
-                self._experts[gate.dtype](
+                self._experts[gate.kind](
                     x_RD.data_ptr(), x_RD.shape[0], (_COUNT * len(spans))(*spans), len(rows_per_expert),
                     (_POINTER * len(addresses))(*addresses), gate.in_features, gate.out_features, added,
                     y_RD.data_ptr(), torch.get_num_threads(),
@@ -137,11 +167,14 @@ def kernels_are_wanted() -> bool:
 
 
 @cache
-def expert_kernels() -> ExpertKernels | None:
-    """None where there are none to be had; the log says why. Compiles them when they are asked for first."""
+def expert_kernels(*, quantized: bool = False) -> ExpertKernels | None:
+    """None where there are none to be had, or better ones, which quantised weights have nowhere; the log says why.
+    Compiles them when they are asked for first."""
     if not kernels_are_wanted():
         return None
-    if _has_tiles():
+    if not quantized:
+        if not _has_tiles():
+            return expert_kernels(quantized=True)
         logger.info("products are oneDNN's, which knows this processor's matrix units (AMX)")
         return None
     try:

@@ -5,6 +5,7 @@
  * MAX_ROWS rows at once; few rows read the weights at the speed of memory, many reuse them from cache.
  */
 
+#include "magnitudes.h"
 #include "team.h"
 
 #define TEMPLATE "matmul.inc.h"

@@ -25,7 +25,7 @@ from shard_faults import arm
 from experts.dispatch import LocalDispatcher
 from experts.epoch import Epoch, ShardAddress
 from experts.lane import LaneDispatcher
-from experts.linear import PackedLinear
+from experts.linear import PackedLinear, pack_linear
 from experts.mlp import Mlp
 from experts.placement import ExpertPlacement, ShardId, Slot, place
 from experts.server import ServerLimits, ShardServer
@@ -51,7 +51,7 @@ def random_mlp(slot: Slot, dtype: torch.dtype) -> Mlp:
 
     def linear(out_features: int, in_features: int) -> PackedLinear:
         weight_OI = torch.randn(out_features, in_features, generator=generator) / in_features**0.5
-        return PackedLinear(weight_OI.to(dtype))
+        return pack_linear(weight_OI.to(dtype))
 
     return Mlp(gate=linear(WIDTH, HIDDEN), up=linear(WIDTH, HIDDEN), down=linear(HIDDEN, WIDTH))
 

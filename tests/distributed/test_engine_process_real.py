@@ -118,14 +118,20 @@ def _flat(outputs: list[SequenceOutput]) -> tuple[list[int], list[float]]:
     return tokens, [entry.logprob for output in outputs for entry in output.logprobs or ()]
 
 
-def test_shards_and_the_experts_inside_give_the_same_bits(checkpoint: Path) -> None:
+def test_shards_and_the_experts_inside_give_the_same_bits_in_whole_steps_and_in_halved_ones(checkpoint: Path) -> None:
     with _running(_start(checkpoint)) as client:
         inside = [_flat(outputs) for outputs in asyncio.run(_generate_all(client))]
     with _serving_shards(checkpoint, 3) as epoch, _running(_start(checkpoint, epoch, max_num_seqs=2)) as client:
         behind_lanes = [_flat(outputs) for outputs in asyncio.run(_generate_all(client))]
+    with (
+        _serving_shards(checkpoint, 3) as epoch,
+        _running(_start(checkpoint, epoch, micro_batches="on")) as client,
+    ):
+        behind_lanes_halved = [_flat(outputs) for outputs in asyncio.run(_generate_all(client))]
         stats = client.stats()
     assert all(len(tokens) == PARAMS.max_tokens for tokens, _logprobs in inside)
     assert behind_lanes == inside
+    assert behind_lanes_halved == inside
     assert stats is None or stats.lost_shards == {}
 
 

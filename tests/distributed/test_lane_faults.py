@@ -80,6 +80,25 @@ def test_rows_of_a_killed_shard_come_from_a_copy_with_the_same_bits(processes: C
         assert torch.equal(run(lane, rows), run(fleet.oracle, rows))
 
 
+def test_both_micro_batches_of_a_killed_shard_come_from_a_copy_with_the_same_bits(
+    processes: Callable[..., Fleet],
+) -> None:
+    fleet = processes(2, copies=2)
+    lane = fleet.dispatcher()
+    halves = [random_rows(40, top_k=2, seed=seed) for seed in (1, 2)]
+    victim = fleet.shards[VICTIM]
+    assert isinstance(victim, ProcessShard)
+    victim.stop()
+    handles = [lane.dispatch(LAYER, rows.x_TD, rows.ids_TK, rows.scores_TK) for rows in halves]
+    assert all(handle.num_pending == 2 for handle in handles)
+    victim.kill()
+    for handle, rows in zip(handles, halves, strict=True):
+        combined = lane.combine(handle)
+        assert combined.missing_T is None
+        assert torch.equal(combined.y_TD, run(fleet.oracle, rows))
+    assert list(lane.lost) == [VICTIM]
+
+
 def test_parts_of_an_expert_come_from_its_other_copies_with_the_same_bits(processes: Callable[..., Fleet]) -> None:
     fleet = processes(3, copies=2)
     lane = fleet.dispatcher()

@@ -17,6 +17,7 @@ from cluster.control.shard_fleet import ShardReport
 from cluster.control.shard_work import ShardWork
 from cluster.front.rebalance_codec import rebalance_response
 from experts.epoch import Epoch, ShardAddress
+from experts.expert_dtype import ExpertDtype
 from experts.expert_shape import ExpertShape
 from experts.placement import ExpertPlacement, ShardId, Slot
 from experts.shard_speed import ShardSpeed
@@ -63,7 +64,7 @@ def heard(balancer: Balancer, *, a_rows: int, others_rows: int, free: int = 3) -
 
 
 def question(balancer: Balancer) -> BalanceQuestion | Refusal:
-    return balancer.question(EPOCH, SHAPE, itemsize=2, goal=BalanceGoal(), now_s=60.0)
+    return balancer.question(EPOCH, SHAPE, dtype=ExpertDtype(compute="bfloat16"), goal=BalanceGoal(), now_s=60.0)
 
 
 def asked(balancer: Balancer) -> BalanceQuestion:

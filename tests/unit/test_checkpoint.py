@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from experts.checkpoint import PIECE_BYTES, Checkpoint, CheckpointError
 from experts.expert_shape import ExpertShape
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.mlp import Mlp
 from experts.placement import Slot
 from experts.weights import expert_tensor_names, load_expert, load_slots, validate_experts
@@ -278,9 +278,9 @@ def test_a_loaded_expert_is_bit_for_bit_the_one_of_the_whole_tensor(
     checkpoint = Checkpoint.open(write_folder(tmp_path, tensors))
     gate_up_IO, down_IO = tensors[GATE_UP][2].to(wanted), tensors[DOWN][2].to(wanted)
     plain = Mlp(
-        gate=PackedLinear(gate_up_IO[:, :12].T.contiguous()),
-        up=PackedLinear(gate_up_IO[:, 12:].T.contiguous()),
-        down=PackedLinear(down_IO.T.contiguous()),
+        gate=pack_linear(gate_up_IO[:, :12].T.contiguous()),
+        up=pack_linear(gate_up_IO[:, 12:].T.contiguous()),
+        down=pack_linear(down_IO.T.contiguous()),
     )
 
     expert = load_expert(checkpoint, Slot(LAYER, 2), SHAPE, dtype=wanted, device="cpu")

@@ -15,7 +15,7 @@ from published_headers import BEHEMOTH, MAVERICK, SCOUT, PublishedModel, tensor_
 
 from experts.checkpoint import Checkpoint
 from experts.expert_shape import ExpertShape
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.placement import Slot
 from experts.weights import load_expert, validate_experts
 from router.config import ModelConfig
@@ -61,7 +61,7 @@ def test_the_behemoth_estimate_has_two_trillion_parameters() -> None:
 def test_loading_one_expert_of_two_layers_reads_only_its_bytes(model: PublishedModel, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write_sparse(folder, tensor_shapes(model), model.config)
-    PackedLinear(torch.ones(16, 16))  # oneDNN looks at the machine once, through files.
+    pack_linear(torch.ones(16, 16))  # oneDNN looks at the machine once, through files.
 
     before_open = characters_read()
     checkpoint = Checkpoint.open(folder)
@@ -107,7 +107,7 @@ import json, sys
 from pathlib import Path
 import torch
 from experts.checkpoint import Checkpoint
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.placement import Slot
 from experts.expert_shape import ExpertShape
 from experts.weights import load_slots
@@ -118,7 +118,7 @@ def status(key):
 
 folder, shape, num_slots, dtype = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
 torch.set_num_threads(1)
-PackedLinear(torch.ones(64, 64, dtype=dtype))
+pack_linear(torch.ones(64, 64, dtype=dtype))
 checkpoint = Checkpoint.open(folder)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is resident now
 before = status("VmRSS")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from experts.dispatch import LocalDispatcher
 from experts.epoch import Epoch, ShardAddress
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.message import Refusal
 from experts.mlp import Mlp
 from experts.placement import ExpertPlacement, ShardId, Slot
@@ -39,9 +39,9 @@ def make_shard(experts: range = range(E), weights_version: int = 0) -> Shard:
     gate_up, down = weights()
     slots = {
         Slot(LAYER, expert): Mlp(
-            gate=PackedLinear(gate_up[expert, :, :H].T),
-            up=PackedLinear(gate_up[expert, :, H:].T),
-            down=PackedLinear(down[expert].T),
+            gate=pack_linear(gate_up[expert, :, :H].T),
+            up=pack_linear(gate_up[expert, :, H:].T),
+            down=pack_linear(down[expert].T),
         )
         for expert in experts
     }

@@ -15,7 +15,8 @@ from experts.placement import ShardId
 from experts.shard import Shard
 from router.engine import Engine, EngineLimits
 from router.kv_cache import KvCache, KvCacheSpec
-from router.messages import EngineStats, GenerateRequest, TokenLogprobs
+from router.messages import EngineStats, GenerateRequest, MicroBatchMode, TokenLogprobs
+from router.micro_batches import MicroBatching
 from router.model import Llama4Model
 from router.sampling_params import SamplingParams
 
@@ -87,7 +88,7 @@ def greedy(tiny: TinyModel, prompt_ids: list[int]) -> list[int]:
     return token_ids[0, len(prompt_ids) :].tolist()
 
 
-def make_engine(rig: Rig, sizes: Mapping[str, int]) -> Engine:
+def make_engine(rig: Rig, sizes: Mapping[str, int], micro_batches: MicroBatchMode = "auto") -> Engine:
     limits = EngineLimits(
         **({"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 16, "block_size": 4, "max_prompt_logprob_rows": 9} | sizes)
     )
@@ -105,6 +106,7 @@ def make_engine(rig: Rig, sizes: Mapping[str, int]) -> Engine:
         config=rig.tiny.config,
         limits=limits,
         expert_load=rig.shard.load,
+        micro_batching=MicroBatching(micro_batches),
     )
 
 
@@ -208,3 +210,9 @@ def test_prompt_logprobs_are_transformers(rig: Rig) -> None:
     for position, entry in enumerate(entries[1:], start=1):
         assert entry is not None
         assert entry.logprob == pytest.approx(expected[position - 1, prompt_ids[position]].item(), abs=5e-5)
+
+
+def test_steps_in_two_micro_batches_have_the_bits_of_whole_ones(rig: Rig) -> None:
+    whole = run(make_engine(rig, SETTINGS["few blocks"], "off"), mixed_requests())
+    halved = run(make_engine(rig, SETTINGS["few blocks"], "on"), mixed_requests())
+    assert halved == whole

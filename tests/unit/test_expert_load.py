@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.load import ExpertLoad
 from experts.mlp import Mlp
 from experts.placement import ShardId, Slot
@@ -14,7 +14,7 @@ D, F = 8, 16
 def shard(*experts: int) -> Shard:
     mlps = {
         Slot(1, expert): Mlp(
-            gate=PackedLinear(torch.rand(F, D)), up=PackedLinear(torch.rand(F, D)), down=PackedLinear(torch.rand(D, F))
+            gate=pack_linear(torch.rand(F, D)), up=pack_linear(torch.rand(F, D)), down=pack_linear(torch.rand(D, F))
         )
         for expert in experts
     }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from kernel_choice import kernels, require_compiler
 
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.native import build
 from experts.native.kernels import CHOICE, expert_kernels
 from router.native.kernels import layer_kernels
@@ -53,7 +53,7 @@ def test_without_a_compiler_everything_is_torchs_and_the_log_says_so(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _command: None)
     with caplog.at_level(logging.WARNING):
-        linear = PackedLinear(torch.eye(4))
+        linear = pack_linear(torch.eye(4))
         assert layer_kernels() is None
     assert linear.kernels is None
     assert torch.equal(linear(torch.ones(3, 4)), torch.ones(3, 4))

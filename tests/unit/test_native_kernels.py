@@ -11,7 +11,8 @@ import torch
 from kernel_choice import kernels
 from torch.nn.functional import silu
 
-from experts.linear import PackedLinear
+from experts.expert_dtype import QuantizedDtype
+from experts.linear import pack_linear
 from experts.mlp import Mlp, apply_experts
 from experts.native import build
 from experts.native.kernels import ExpertKernels, expert_kernels
@@ -23,6 +24,7 @@ from router.rope import rotate, rotation
 from router.tile_plan import can_plan_tiles, plan_tiles
 
 DTYPES = (torch.float32, torch.bfloat16)
+KINDS: tuple[QuantizedDtype | None, ...] = (None, "int8", "int4")
 # Of results around 1: float32 sums of some thousand products; one rounding to bfloat16.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SHAPES = [(16, 16), (5, 7), (33, 14), (64, 1000), (100, 64), (256, 4500)]
@@ -95,10 +97,12 @@ def test_a_rows_bits_depend_on_no_other_row(
         assert torch.equal(experts.matmul(x[:num_rows], packed), alone[:num_rows])
 
 
-def random_mlp(model: int, width: int, dtype: torch.dtype, seed: int) -> tuple[Mlp, tuple[torch.Tensor, ...]]:
+def random_mlp(
+    model: int, width: int, dtype: torch.dtype, seed: int, quantized: QuantizedDtype | None = None
+) -> tuple[Mlp, tuple[torch.Tensor, ...]]:
     shapes = ((width, model), (width, model), (model, width))
     raw = tuple(randn(*shape, dtype=dtype, seed=seed + i) / shape[1] ** 0.5 for i, shape in enumerate(shapes))
-    gate, up, down = map(PackedLinear, raw)
+    gate, up, down = (pack_linear(weight, quantized) for weight in raw)
     return Mlp(gate=gate, up=up, down=down), raw
 
 
@@ -269,14 +273,16 @@ def test_a_processor_with_half_as_wide_vectors_and_no_bfloat16_computes_the_same
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def compute(dtype: torch.dtype) -> list[torch.Tensor]:
-        mlp, _raw = random_mlp(300, 520, dtype, seed=1)
-        x = randn(40, 300, dtype=dtype, seed=2)
-        alone = torch.cat([mlp(row) for row in x.split(1)])
-        assert torch.equal(mlp(x), alone)
+        outputs = []
+        for kind in KINDS:
+            mlp, _raw = random_mlp(304, 528, dtype, 1, kind)
+            x = randn(40, 304, dtype=dtype, seed=2)
+            outputs.append(torch.cat([mlp(row) for row in x.split(1)]))
+            assert torch.equal(mlp(x), outputs[-1])
         layers = layer_kernels()
         assert layers is not None
         attended = Cache(HEADS[0], dtype).attend([100, 1, 1, 64, 45], PositionChanges(), layers)
-        return [alone, attended]
+        return [*outputs, attended]
 
     here = {dtype: compute(dtype) for dtype in DTYPES}
     narrow = [flag.replace("native", "haswell") for flag in build.COMPILE]

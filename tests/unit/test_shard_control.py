@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experts.epoch import Epoch, ShardAddress
-from experts.linear import PackedLinear
+from experts.linear import pack_linear
 from experts.message import Refusal
 from experts.mlp import Mlp
 from experts.placement import ExpertPlacement, ShardId, Slot, WeightSlot
@@ -27,9 +27,9 @@ TERM = 3
 def mlp(slot: Slot) -> Mlp:
     generator = torch.Generator().manual_seed(slot.expert)
     return Mlp(
-        gate=PackedLinear(torch.randn(D, D, generator=generator)),
-        up=PackedLinear(torch.randn(D, D, generator=generator)),
-        down=PackedLinear(torch.randn(D, D, generator=generator)),
+        gate=pack_linear(torch.randn(D, D, generator=generator)),
+        up=pack_linear(torch.randn(D, D, generator=generator)),
+        down=pack_linear(torch.randn(D, D, generator=generator)),
     )
 
 

@@ -11,6 +11,7 @@ from experts.shard import Shard
 from experts.shard_speed import TILE_ROWS
 from experts.speed_probe import measure_speed
 
+FLOPS_PER_ROW = 3600
 READ_S, ROW_S = 4e-3, 1e-4
 NUM_BYTES = 2400
 
@@ -53,14 +54,13 @@ def test_speed_is_what_a_row_and_a_tile_take_once_they_are_warm(
     clock = FakeTime()
     monkeypatch.setattr(speed_probe, "time", clock)
     shard = FakeShard(tuple(FakeExpert(clock) for _ in range(num_experts)))
-    speed = measure_speed(cast("Shard", shard))
+    speed = measure_speed(cast("Shard", shard), flops_per_row=FLOPS_PER_ROW)
     assert speed is not None
     assert speed.bytes_per_s == pytest.approx(NUM_BYTES / READ_S)
-    num_weights = NUM_BYTES / 2
-    assert speed.flops_per_s == pytest.approx(2 * num_weights / ROW_S)
+    assert speed.flops_per_s == pytest.approx(FLOPS_PER_ROW / ROW_S)
     assert shard.experts[0].rows.count(TILE_ROWS) == 3
     assert sum(1 in expert.rows for expert in shard.experts) == min(8, num_experts)
 
 
 def test_a_shard_without_experts_has_no_speed() -> None:
-    assert measure_speed(cast("Shard", FakeShard(()))) is None
+    assert measure_speed(cast("Shard", FakeShard(())), flops_per_row=FLOPS_PER_ROW) is None

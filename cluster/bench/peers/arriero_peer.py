@@ -70,8 +70,9 @@ class ArrieroPeer:
 
 
 def _build(setup: Setup) -> BuiltEngine:
-    """Options: ``epoch`` (Epoch.to_dict), ``secret`` (hex), ``router_id``, ``lane_transport``; without an epoch the
-    experts are here."""
+    """Options: ``epoch`` (Epoch.to_dict), ``secret`` (hex), ``router_id``, ``lane_transport``, ``micro_batches``,
+    ``expert_dtype``;
+    without an epoch the experts are here."""
     settings = EngineSettings(
         model=setup.model,
         dtype="bfloat16" if setup.dtype == "bfloat16" else "float32",
@@ -79,6 +80,8 @@ def _build(setup: Setup) -> BuiltEngine:
         max_model_len=setup.max_tokens,
         max_num_seqs=setup.max_sequences,
         lane_transport=setup.options.get("lane_transport", "auto"),
+        expert_dtype=setup.options.get("expert_dtype", "auto"),
+        micro_batches=setup.options.get("micro_batches", "auto"),
     )
     start = Start(
         router_id=setup.options.get("router_id", "bench"),
