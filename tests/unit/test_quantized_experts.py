@@ -150,7 +150,9 @@ def test_a_shard_loads_what_its_plan_counted_on(kind: QuantizedDtype, kernel_cho
     assert shard.num_bytes == planned if kernel_choice == "native" else planned * 0.9 < shard.num_bytes <= planned
     assert num_free_slots(spec) > 3 * num_free_slots(replace(spec, quantized=None))
     x_RD = random_weight(5, config.hidden_size, torch.float32)
-    assert 0 < error(shard.apply_expert(slots[0], x_RD), plain.apply_expert(slots[0], x_RD)) < 0.25
+    layer, expert = slots[0]
+    rows = [(expert, len(x_RD))]
+    assert 0 < error(shard.apply(layer, x_RD, rows), plain.apply(layer, x_RD, rows)) < 0.25
 
 
 def test_a_model_whose_width_does_not_fit_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
