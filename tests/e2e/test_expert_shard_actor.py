@@ -66,7 +66,7 @@ def test_shard_actors_load_serve_count_and_drain(model: Path) -> None:
     actors = [actor_class.remote(spec(shard_id, model, placement.slots_by_shard[shard_id])) for shard_id in ids]
     addresses = tuple(ray.get([actor.address.remote() for actor in actors], timeout=60))
     epoch = Epoch(number=4, weights_version=1, shards=addresses, placement=placement)
-    ray.get([actor.prepare.remote(1, epoch.to_dict()) for actor in actors], timeout=10)
+    ray.get([actor.prepare.remote(1, epoch.to_dict(), str(model)) for actor in actors], timeout=10)
 
     lane = LaneDispatcher(lane_id="router-0", epoch=epoch, secret=SECRET, timeout_s=10)
     oracle = LocalDispatcher(load_shard(spec("oracle", model, placement.slots)))
