@@ -17,6 +17,8 @@ from experts.transport.names import LaneTransport
 
 APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_PORT = 65535
+# Without a router_prefix_gap: as which part of a batch it counts to find a whole prompt in the cache.
+PREFIX_PART = 4
 
 
 class ConfigError(ValueError):
@@ -145,6 +147,11 @@ class ServiceConfig(BaseModel):
         600.0, ge=0, description="How long fewer routers must have been enough, with a fifth to spare, before some go. "
         "Their streams end first, within drain_timeout_s.",
     )  # fmt: skip
+    router_prefix_gap: int | None = Field(
+        None, ge=0, description="How many requests more than the least busy router one may have and still get a "
+        "request whose prompt is in its prefix cache; with a part of the prompt, that part of it. 0: prefixes do not "
+        "count. Default: a quarter of max_num_seqs.",
+    )  # fmt: skip
     drain_timeout_s: float = Field(
         120.0, gt=0, description="How long open requests may go on when the service or a process is told to stop."
     )
@@ -181,6 +188,10 @@ class ServiceConfig(BaseModel):
     @property
     def most_routers(self) -> int:
         return self.max_routers or self.routers
+
+    @property
+    def prefix_gap(self) -> int:
+        return self.max_num_seqs // PREFIX_PART if self.router_prefix_gap is None else self.router_prefix_gap
 
     @field_validator("app_name")
     @classmethod

@@ -65,8 +65,8 @@ class RouterReplica:
         self._link.start_reporting(self._report, self._follow)
         self._is_reporting = True
 
-    async def generate(self, request: bytes, *, shun: Sequence[str] = ()) -> bytes:
-        """See router.replica.Router.generate. shun is for cluster.front.router_choice, on the way here."""
+    async def generate(self, request: bytes, *, shun: Sequence[str] = (), prefix: bytes = b"") -> bytes:
+        """See router.replica.Router.generate. shun and prefix are for cluster.front.router_choice, on the way here."""
         assert self._router is not None, "Serve awaits __init__ first"
         return await self._router.generate(request)
 
