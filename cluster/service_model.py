@@ -45,7 +45,7 @@ def resolve(config: ServiceConfig, model: ModelConfig, num_cores: int) -> Servic
             f"max_model_len must be at most the model's max_position_embeddings "
             f"({model.max_position_embeddings}), not {max_model_len}"
         )
-    threads = max(1, num_cores // (config.most_routers + config.shards))
+    threads = max(1, num_cores // (config.most_routers + config.most_shards))
     return config.model_copy(
         update={
             "dtype": _dtype(config, model),

@@ -108,12 +108,18 @@ def view_to_json(view: admin_pb2.GetViewResponse) -> dict[str, Any]:
             _member(shard.member) | {"slots": [[slot.layer, slot.expert] for slot in shard.slots]}
             for shard in view.shards
         ],
+        "shard_growth": _growth(view.shard_growth),
         "load": [[load.layer, load.expert, load.tokens] for load in view.load],
     }
 
 
 def _member(member: admin_pb2.Member) -> dict[str, Any]:
     return {"id": member.id, "pid": member.pid, "node": member.node, "state": member.state}
+
+
+def _growth(growth: admin_pb2.ShardGrowth) -> dict[str, Any]:
+    busy = growth.busy if growth.HasField("busy") else None
+    return {"state": growth.state, "least": growth.least, "most": growth.most, "busy": busy, "why": growth.why}
 
 
 def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
@@ -127,7 +133,16 @@ def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
         rows += [_row("shard", shard.member, str(len(shard.slots)), str(routed))]
     hottest = sorted(view.load, key=lambda load: -load.tokens)[:NUM_HOTTEST]
     load = ", ".join(f"layer {each.layer} expert {each.expert}: {each.tokens}" for each in hottest if each.tokens)
-    return "\n".join([f"{address}  epoch {view.epoch}", *aligned(rows), f"most used: {load or 'nothing yet'}"])
+    last = [f"most used: {load or 'nothing yet'}", *_growth_lines(view.shard_growth)]
+    return "\n".join([f"{address}  epoch {view.epoch}", *aligned(rows), *last])
+
+
+def _growth_lines(growth: admin_pb2.ShardGrowth) -> list[str]:
+    """None where no load changes the number of shards."""
+    if growth.least == growth.most:
+        return []
+    busy = f", {growth.busy:.0%} busy" if growth.HasField("busy") else ""
+    return [f"shards: {growth.least} to {growth.most}{busy}, {growth.state}: {growth.why}"]
 
 
 def requests_to_json(found: admin_pb2.ListRequestsResponse) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cluster.control.membership import Member, MemberId, MemberKind, Membership,
 from cluster.control.rebalancing import Rebalancing
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
+from cluster.control.shard_care import ShardCare
 from cluster.control.shard_fleet import ShardDied, ShardPool, ShardRefused, ShardUnreachable
 from cluster.metrics.member_snapshots import controller_snapshot
 from cluster.metrics.merge import ServiceNumbers
@@ -94,7 +95,7 @@ class ControlPlane:
             on_news=self._news.set,
             on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
-        self._rebalancing = Rebalancing(self._tier, num_cores=num_cores, clock=outside.clock)
+        self._care = ShardCare(self._tier, memory, num_cores=num_cores, clock=outside.clock)
         self._retired = asyncio.Event()
         self._retiring = False
         self._changing_tier = asyncio.Lock()
@@ -173,6 +174,7 @@ class ControlPlane:
             epoch=epoch["number"] if epoch else 0,
             members=[self._me, *(member for kind in MemberKind for member in self._members(kind))],
             imbalance=self._ledger.imbalance(),
+            growth=self._care.growth.growth,
             resident_bytes=resident_bytes(),
         )
         return numbers
@@ -189,9 +191,7 @@ class ControlPlane:
         """
         async with self._changing_tier:
             self._check_not_retiring()
-            if self._tier.keeper is None:
-                raise ValueError("shards: this service has none, or they have not started yet")
-            return await self._tier.keeper.scale(num_shards)
+            return await self._care.growth.scale(num_shards)
 
     def view(self) -> dict[str, Any]:
         """What `arriero status --json` prints."""
@@ -205,16 +205,17 @@ class ControlPlane:
                 {**member.to_dict(), "slots": epoch["slots_by_shard"].get(member.member_id, []) if epoch else []}
                 for member in self._members(MemberKind.SHARD)
             ],
+            "shard_growth": self._care.growth.growth.to_dict(),
             "load": [list(entry) for entry in self._ledger.totals()],
         }
 
     @property
     def rebalancing(self) -> Rebalancing:
-        return self._rebalancing
+        return self._care.rebalancing
 
     async def run(self) -> None:
         """Looks at everybody until the service has been removed. Raises what keeps it from that."""
-        keeping = (self._keep_shards(), self._rebalancing.repeat_for_ever())
+        keeping = (self._keep_shards(), *self._care.work())
         work = (*keeping, self._look_at_processes_for_ever(), self._watch_app(), self._retired.wait())
         tasks = [asyncio.create_task(each) for each in work]
         try:
@@ -256,7 +257,7 @@ class ControlPlane:
                 raise ValueError(f"the service runs with other values of {names}: delete the application first")
             logger.info("configured anew (%s): the shards are replaced", names)
             await self._tier.replace(wanted)
-            self._rebalancing.begin_anew()
+            self._care.begin_anew()
 
     def _members(self, kind: MemberKind) -> tuple[Member, ...]:
         return self._membership.of_kind(kind, self._now())
@@ -275,7 +276,7 @@ class ControlPlane:
         self._processes.pop(member_id, None)
         self._ledger.close(member_id)
         self._reports.close(member_id)
-        self._rebalancing.forget(ShardId(member_id))
+        self._care.forget(ShardId(member_id))
         self._end_lease(member_id)
 
     def _end_lease(self, member_id: MemberId) -> None:
@@ -357,7 +358,7 @@ class ControlPlane:
         seen = replace(shard, pid=report.pid, node_id=report.node_id, state=state)
         if self._membership.report(seen, self._now()):
             self._take(shard.member_id, MemberReport(load=list(report.load), metrics=report.metrics))
-            self._rebalancing.note(shard_id, report)
+            self._care.note(shard_id, report)
 
     async def _look_at_process(self, member_id: MemberId, process: Any) -> None:
         if await self._outside.probe.has_died(process):

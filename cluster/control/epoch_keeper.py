@@ -156,6 +156,9 @@ class EpochKeeper:
             return f"{self._movement.movement_id} is under way"
         return unrest(self._view())
 
+    def _reason_to_wait(self) -> str | None:
+        return "the service is being removed" if self._stopped else self.unrest()
+
     @property
     def movement(self) -> Movement | None:
         """The last one that this controller has begun, under way or over."""
@@ -163,10 +166,12 @@ class EpochKeeper:
 
     # What is done about it
 
-    async def scale(self, num_shards: int) -> tuple[ShardId, ...]:
+    async def scale(self, num_shards: int, *, only_at_rest: bool = False) -> tuple[ShardId, ...]:
         """Wants so many shards from now on, and returns them; ``act`` brings that about. Those that do not serve leave
-        first, then the last. Raises ValueError for a number that cannot be."""
+        first, then the last. Raises ValueError for a number that cannot be, and with only_at_rest UnrestError."""
         async with self._acting:
+            if only_at_rest and (reason := self._reason_to_wait()) is not None:
+                raise UnrestError(reason)
             target = target_of(self._memory.state.target)
             check_count(target, num_shards)
             views = self._shards.views(self._clock())
@@ -186,7 +191,7 @@ class EpochKeeper:
         """Begins to take up these placements one after the other, the first of which is in force; ``act`` goes on with
         that. Raises UnrestError."""
         async with self._acting:
-            reason = "the service is being removed" if self._stopped else self.unrest()
+            reason = self._reason_to_wait()
             if reason is None and not is_same(self._view().placement, placements[0]):
                 reason = "the shards have changed meanwhile"
             if reason is not None:

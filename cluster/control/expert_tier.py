@@ -100,7 +100,7 @@ class ExpertTier:
         """Takes the shards down and begins to bring up those of another configuration."""
         await self.remove(drain_timeout_s=0.0)
         self.config = config
-        await self._memory.change(config=config.model_dump())
+        await self._memory.change(config=config.model_dump(), least_shards=None)
         self._bring_up = self._begin()
 
     async def remove(self, *, drain_timeout_s: float) -> None:

@@ -59,6 +59,7 @@ class FakeShard:
     may_prepare: asyncio.Event = field(default_factory=asyncio.Event)
     error: str | None = None
     num_loaded: int = 0
+    busy_s: float = 0.0
     heard: list[str] = field(default_factory=list)
 
 
@@ -117,7 +118,7 @@ class FakePool:
             num_loaded=shard.num_loaded,
             work=ShardWork(
                 by_slot={Slot(layer, expert): SlotTraffic(rows, rows // 200) for layer, expert, rows in shard.load},
-                busy_s=0.0,
+                busy_s=shard.busy_s,
                 speed=ShardSpeed(bytes_per_s=1e9, flops_per_s=1e10),
             ),
         )
