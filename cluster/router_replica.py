@@ -66,7 +66,8 @@ class RouterReplica:
         self._is_reporting = True
 
     async def generate(self, request: bytes, *, shun: Sequence[str] = (), prefix: bytes = b"") -> bytes:
-        """See router.replica.Router.generate. shun and prefix are for cluster.front.router_choice, on the way here."""
+        """See router.replica.Router.generate. shun (replicas and nodes) and prefix are for
+        cluster.front.router_choice, on the way here."""
         assert self._router is not None, "Serve awaits __init__ first"
         return await self._router.generate(request)
 

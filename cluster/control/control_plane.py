@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.control.desired_state import DesiredState, Memory, Store
+from cluster.control.desired_state import DesiredState, Memory
+from cluster.control.draining_nodes import DrainingNodes
 from cluster.control.expert_tier import WEIGHTS_VERSION, ExpertTier
 from cluster.control.load_ledger import LoadLedger
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, Membership, MemberState
+from cluster.control.outside import Outside
 from cluster.control.rebalancing import Rebalancing
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
 from cluster.control.shard_care import ShardCare
-from cluster.control.shard_fleet import ShardDied, ShardPool, ShardRefused, ShardUnreachable
+from cluster.control.shard_fleet import ShardDied, ShardRefused, ShardUnreachable
 from cluster.metrics.member_snapshots import controller_snapshot
 from cluster.metrics.merge import ServiceNumbers
 from cluster.service_model import resolve
@@ -38,31 +39,8 @@ FORGET_DEAD_AFTER_S = 60.0
 APP_WATCH_PERIOD_S = 1.0
 
 
-class Apps(Protocol):
-    async def is_present(self, app_name: str) -> bool | None:
-        """Whether Serve has the application; None when Serve does not answer."""
-        ...
-
-
-class Probe(Protocol):
-    async def has_died(self, process: Any) -> bool:
-        """Whether the process behind a member's handle has ended; False when that cannot be told in time."""
-        ...
-
-
 class RetiringError(RuntimeError):
     """This service is being removed: whoever wants to join must wait for the next controller."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outside:
-    """What the control plane acts on."""
-
-    store: Store
-    apps: Apps
-    pool: ShardPool
-    probe: Probe
-    clock: Callable[[], float] = time.monotonic
 
 
 class ControlPlane:
@@ -96,6 +74,7 @@ class ControlPlane:
             on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
         self._care = ShardCare(self._tier, memory, num_cores=num_cores, clock=outside.clock)
+        self._draining = DrainingNodes(outside.nodes, self._tier)
         self._retired = asyncio.Event()
         self._retiring = False
         self._changing_tier = asyncio.Lock()
@@ -152,6 +131,7 @@ class ControlPlane:
             self._take(member.member_id, report)
         num_ready = self._membership.num_ready(MemberKind.ROUTER, self._now())
         answer: dict[str, Any] = {"known": known, "term": self.state.term, "num_ready_routers": num_ready}
+        answer["draining_nodes"] = self._draining.ids
         if report.lanes is not None and self._tier.keeper is not None:
             self._tier.keeper.note_router(member.member_id, report.lanes)
             answer["offer"] = self._tier.keeper.offer(member.member_id)
@@ -215,7 +195,7 @@ class ControlPlane:
 
     async def run(self) -> None:
         """Looks at everybody until the service has been removed. Raises what keeps it from that."""
-        keeping = (self._keep_shards(), *self._care.work())
+        keeping = (self._keep_shards(), *self._care.work(), self._draining.watch_for_ever())
         work = (*keeping, self._look_at_processes_for_ever(), self._watch_app(), self._retired.wait())
         tasks = [asyncio.create_task(each) for each in work]
         try:
@@ -260,7 +240,7 @@ class ControlPlane:
             self._care.begin_anew()
 
     def _members(self, kind: MemberKind) -> tuple[Member, ...]:
-        return self._membership.of_kind(kind, self._now())
+        return tuple(self._draining.shown(member) for member in self._membership.of_kind(kind, self._now()))
 
     def _take(self, member_id: MemberId, report: MemberReport) -> None:
         self._reports.take(member_id, report, self._now())

@@ -12,10 +12,12 @@ from typing import Any
 import ray
 
 from cluster.config import ServiceConfig, parse_config
-from cluster.control.control_plane import ControlPlane, Outside, RetiringError
+from cluster.control.control_plane import ControlPlane, RetiringError
 from cluster.control.kv_store import KvStore
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.control.outside import Outside
+from cluster.control.ray_nodes import RayNodes
 from cluster.control.serve_apps import ServeApps
 from cluster.control.shard_pool import RayShardPool
 from cluster.launch.ray_probe import RayProbe
@@ -27,6 +29,7 @@ logger = logging.getLogger("arriero.controller")
 
 PROBE_TIMEOUT_S = 1.0
 SERVE_TIMEOUT_S = 5.0
+NODES_TIMEOUT_S = 5.0
 
 
 class Controller:
@@ -96,6 +99,7 @@ class Controller:
             apps=self._apps,
             pool=RayShardPool(app_name=config.app_name, num_cpus=config.shard_num_cpus, num_gpus=num_gpus),
             probe=RayProbe(PROBE_TIMEOUT_S),
+            nodes=RayNodes(NODES_TIMEOUT_S),
         )
         num_cores = len(os.sched_getaffinity(0))
         plane = await ControlPlane.start(config=config, me=me, num_cores=num_cores, outside=outside)

@@ -117,6 +117,10 @@ class EpochKeeper:
             self._on_death(shard_id, reason)
             self._on_news()
 
+    def note_draining(self, node_ids: frozenset[str]) -> None:
+        """These nodes are to go: what lives there is moved away while it serves."""
+        self._shards.note_draining(node_ids)
+
     def note_router(self, router_id: MemberId, lanes: Mapping[str, Any]) -> None:
         known = self._routers.get(router_id)
         if not self._routers.note(router_id, lanes, self._clock()):

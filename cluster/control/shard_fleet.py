@@ -42,7 +42,8 @@ class StartError(RuntimeError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
     """What a shard says of itself. load: (layer, expert, tokens) since it started. num_free_slots fit into
-    memory_pool, which it may share with others. num_loaded: slots that it was given since it started."""
+    memory_pool, which it may share with others. num_loaded: slots that it was given since it started. is_leaving: its
+    process was told to end."""
 
     pid: int
     node_id: str
@@ -52,6 +53,7 @@ class ShardReport:
     num_free_slots: int
     num_loaded: int
     work: ShardWork
+    is_leaving: bool = False
     metrics: Snapshot = field(default_factory=Snapshot)
 
 

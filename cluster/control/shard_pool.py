@@ -84,6 +84,7 @@ class RayShardPool:
             memory_pool=stats["memory_pool"],
             num_free_slots=stats["num_free_slots"],
             num_loaded=stats["num_loaded"],
+            is_leaving=stats["is_leaving"],
             work=ShardWork.from_stats(stats),
             metrics=metrics,
         )

@@ -29,7 +29,9 @@ class RouterChoice(FIFOMixin, RequestRouter):
             call = pending_request.kwargs
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         loads = {name: self.replica_queue_len_cache.get(replica.replica_id) for name, replica in replicas.items()}
-        ranks = self._ranks.ranks(loads, shunned=call.get("shun", ()), prefix=call.get("prefix", b""))
+        shun = set(call.get("shun", ()))
+        shunned = [name for name, replica in replicas.items() if name in shun or replica.node_id in shun]
+        ranks = self._ranks.ranks(loads, shunned=shunned, prefix=call.get("prefix", b""))
         return [[replicas[name] for name in rank] for rank in ranks]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

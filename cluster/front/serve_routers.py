@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.exceptions import RayError
@@ -30,14 +30,17 @@ class ServeRouters:
         *,
         num_ready: Callable[[], int],
         absence_timeout_s: float,
+        draining_nodes: Callable[[], Sequence[str]] = tuple,
         prefix_block_size: int | None = None,
     ) -> None:
-        """handle: Serve's, of the router deployment. num_ready: how many routers there are. prefix_block_size: of the
+        """handle: Serve's, of the router deployment. num_ready: how many routers there are. draining_nodes:
+        nodes that are to go, whose routers get nothing while there are others. prefix_block_size: of the
         blocks by which a router is chosen that has the beginning of a prompt; None: that does not count.
 
         A handle keeps calls for as long as there is no replica to take them; we only absence_timeout_s.
         """
         self._prefix_block_size = prefix_block_size
+        self._draining_nodes = draining_nodes
         self._handle = handle
         self._num_ready = num_ready
         self._absence_timeout_s = absence_timeout_s
@@ -85,4 +88,4 @@ class ServeRouters:
     def _shunned(self) -> list[str]:
         now = time.monotonic()
         self._shunned_until = {name: until for name, until in self._shunned_until.items() if until > now}
-        return [*self._shunned_until]
+        return [*self._shunned_until, *self._draining_nodes()]

@@ -9,9 +9,10 @@ from typing import Any
 
 from cluster.balance.expert_traffic import SlotTraffic
 from cluster.config import ServiceConfig
-from cluster.control.control_plane import ControlPlane, Outside
+from cluster.control.control_plane import ControlPlane
 from cluster.control.desired_state import DesiredState, decode_state, encode_state
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
+from cluster.control.outside import Outside
 from cluster.control.shard_fleet import ShardDied, ShardRefused, ShardReport
 from cluster.control.shard_work import ShardWork
 from experts.epoch import Epoch, ShardAddress
@@ -60,6 +61,8 @@ class FakeShard:
     error: str | None = None
     num_loaded: int = 0
     busy_s: float = 0.0
+    node_id: str = "n"
+    is_leaving: bool = False
     heard: list[str] = field(default_factory=list)
 
 
@@ -110,7 +113,8 @@ class FakePool:
         shard = await self._spoken_to(shard_id)
         return ShardReport(
             pid=7,
-            node_id="n",
+            node_id=shard.node_id,
+            is_leaving=shard.is_leaving,
             load=shard.load,
             epochs=frozenset(shard.epochs),
             memory_pool="n",
@@ -159,6 +163,16 @@ class FakeProbe:
         return process in self.dead
 
 
+class FakeNodes:
+    def __init__(self) -> None:
+        self.leaving: frozenset[str] | None = frozenset()
+        self.num_asked = 0
+
+    async def draining(self) -> frozenset[str] | None:
+        self.num_asked += 1
+        return self.leaving
+
+
 @dataclass
 class World:
     config: ServiceConfig
@@ -166,10 +180,18 @@ class World:
     pool: FakePool = field(default_factory=FakePool)
     apps: FakeApps = field(default_factory=FakeApps)
     probe: FakeProbe = field(default_factory=FakeProbe)
+    nodes: FakeNodes = field(default_factory=FakeNodes)
     now_s: float = 0.0
 
     async def controller(self) -> ControlPlane:
-        outside = Outside(store=self.store, apps=self.apps, pool=self.pool, probe=self.probe, clock=lambda: self.now_s)
+        outside = Outside(
+            store=self.store,
+            apps=self.apps,
+            pool=self.pool,
+            probe=self.probe,
+            nodes=self.nodes,
+            clock=lambda: self.now_s,
+        )
         return await ControlPlane.start(config=self.config, me=ME, num_cores=2, outside=outside)
 
     def values(self, **changes: Any) -> dict[str, Any]:

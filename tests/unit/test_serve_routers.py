@@ -152,6 +152,16 @@ def test_a_router_whose_engine_is_silent_is_shunned_for_a_while(monkeypatch: pyt
     run(scenario())
 
 
+def test_routers_on_nodes_that_are_to_go_are_shunned() -> None:
+    async def answer() -> bytes:
+        return encode(Finished(request_id="r", attempt=0, finish_reason=FinishReason.STOP))
+
+    handle = FakeHandle(answer)
+    asking = ServeRouters(handle, num_ready=lambda: 1, absence_timeout_s=0.05, draining_nodes=lambda: ["node-1"])
+    run(asking.generate(REQUEST))
+    assert handle.shunned == ["node-1"]
+
+
 def prefix_sent(request: GenerateRequest, *, num_routers: int = 2, block_size: int | None = 4) -> bytes:
     async def answer() -> bytes:
         return encode(Finished(request_id="r", attempt=0, finish_reason=FinishReason.STOP))
