@@ -74,7 +74,7 @@ class ControlPlane:
             on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
         self._care = ShardCare(self._tier, memory, num_cores=num_cores, clock=outside.clock)
-        self._draining = DrainingNodes(outside.nodes, self._tier)
+        self._draining = DrainingNodes(outside.nodes, self._tier, my_node_id=me.node_id)
         self._retired = asyncio.Event()
         self._retiring = False
         self._changing_tier = asyncio.Lock()

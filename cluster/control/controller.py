@@ -13,6 +13,7 @@ import ray
 
 from cluster.config import ServiceConfig, parse_config
 from cluster.control.control_plane import ControlPlane, RetiringError
+from cluster.control.draining_nodes import MustMoveError
 from cluster.control.kv_store import KvStore
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
@@ -122,6 +123,9 @@ class Controller:
     async def _live(self) -> None:
         try:
             await (await self._plane).run()
+        except MustMoveError as error:
+            logger.warning("the controller moves to another node: %s", error)
+            os._exit(1)
         except Exception:
             # Ray starts this actor again, in a new term.
             logger.exception("the controller failed")

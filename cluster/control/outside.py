@@ -28,6 +28,10 @@ class Nodes(Protocol):
         """Ray's ids of the nodes that are to go soon; None when Ray does not answer."""
         ...
 
+    async def are_there_others(self, node_ids: frozenset[str]) -> bool:
+        """Whether nodes live that are none of these; False when Ray does not answer."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:

@@ -23,6 +23,14 @@ class RayNodes:
         except (RayError, TimeoutError):
             return None
 
+    async def are_there_others(self, node_ids: frozenset[str]) -> bool:
+        """See cluster.control.outside.Nodes."""
+        try:
+            nodes = await asyncio.to_thread(ray.nodes)
+        except RayError:
+            return False
+        return any(node["Alive"] and node["NodeID"] not in node_ids for node in nodes)
+
     def _draining(self) -> frozenset[str]:
         if self._gcs is None:
             self._gcs = GcsClient(address=ray.get_runtime_context().gcs_address)

@@ -167,10 +167,14 @@ class FakeNodes:
     def __init__(self) -> None:
         self.leaving: frozenset[str] | None = frozenset()
         self.num_asked = 0
+        self.has_others = True
 
     async def draining(self) -> frozenset[str] | None:
         self.num_asked += 1
         return self.leaving
+
+    async def are_there_others(self, node_ids: frozenset[str]) -> bool:
+        return self.has_others
 
 
 @dataclass

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_life import begin, running
-from fake_world import MODEL, World, router, run
+from fake_world import MODEL, World, router, run, until
 
 from cluster.config import ServiceConfig
+from cluster.control.draining_nodes import MustMoveError
 from cluster.control.member_report import MemberReport
 
 
@@ -70,5 +72,19 @@ def test_members_on_a_node_that_is_to_go_are_draining_and_gateways_hear_of_it(wo
             assert states(plane.view()["routers"]) == {"ready", "draining"}, "silence is no news"
             world.nodes.leaving = frozenset()
             await life.until(lambda: states(plane.view()["routers"]) == {"ready"})
+
+    run(act)
+
+
+def test_the_controller_itself_leaves_a_node_that_is_to_go_if_there_is_another(world: World) -> None:
+    async def act() -> None:
+        plane = await world.controller()
+        world.nodes.leaving, world.nodes.has_others = frozenset({"n"}), False
+        runs = asyncio.create_task(plane.run())
+        await until(lambda: world.nodes.num_asked > 2)
+        assert not runs.done()
+        world.nodes.has_others = True
+        with pytest.raises(MustMoveError, match="node n is to go"):
+            await runs
 
     run(act)
