@@ -16,6 +16,8 @@ from cluster.router_replica import RouterReplica
 ROUTER = "Router"
 GATEWAY = "Gateway"
 ROUTER_CHOICE = "cluster.front.router_choice:RouterChoice"
+# Blocks of each router's prefix cache that a gateway keeps in mind, some hundred bytes each.
+MAX_KNOWN_BLOCKS = 65536
 HEALTH_CHECK_PERIOD_S = 1.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 # Calls that are not generation (status, health, tokenizing) must get in however many streams are open.
@@ -40,7 +42,10 @@ def _router_options(config: ServiceConfig) -> dict[str, Any]:
         **_number_of_routers(config),
         "max_ongoing_requests": calls_per_router(config),
         "max_queued_requests": config.max_queued_requests,
-        "request_router_config": {"request_router_class": ROUTER_CHOICE},
+        "request_router_config": {
+            "request_router_class": ROUTER_CHOICE,
+            "request_router_kwargs": {"max_gap": config.prefix_gap, "max_blocks": num_known_blocks(config)},
+        },
         "ray_actor_options": {
             "num_cpus": config.router_num_cpus,
             "num_gpus": 1.0 if config.device == "cuda" else 0.0,
@@ -76,6 +81,10 @@ def _common_options(config: ServiceConfig) -> dict[str, Any]:
         # A start that failed has a reason that another start would meet again.
         "max_constructor_retry_count": 1,
     }
+
+
+def num_known_blocks(config: ServiceConfig) -> int:
+    return min(config.num_kv_blocks or MAX_KNOWN_BLOCKS, MAX_KNOWN_BLOCKS)
 
 
 def calls_per_router(config: ServiceConfig) -> int:

@@ -18,6 +18,8 @@ from experts.transport.names import LaneTransport
 
 APP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_PORT = 65535
+# Without a router_prefix_gap: as which part of a batch it counts to find a whole prompt in the cache.
+PREFIX_PART = 4
 
 
 class ConfigError(ValueError):
@@ -46,6 +48,10 @@ class ServiceConfig(BaseModel):
     app_name: str = Field("arriero", description="Name of the Serve application; two names can share a cluster.")
 
     shards: int = Field(2, ge=0, description="Expert shard processes. 0: the experts live in each router process.")
+    max_shards: int | None = Field(
+        None, ge=1, description="Shards that there may be under load; without load there are as many as shards, or the "
+        "last `arriero scale`, says. Default: no load changes their number.",
+    )  # fmt: skip
     routers: int = Field(1, ge=1, description="Router processes: attention, KV cache, scheduler and sampler.")
     max_routers: int | None = Field(
         None, ge=1, description="Routers that there may be under load; without load there are as many as routers says. "
@@ -135,6 +141,18 @@ class ServiceConfig(BaseModel):
     rebalance_stall_s: float = Field(
         120.0, gt=0, description="How long a rebalance may stand still, no expert loaded, before it is rolled back."
     )
+    shard_busy_target: float = Field(
+        0.6, gt=0, lt=1, description="Part of the time that shards should compute, on average; where it is more there "
+        "is one more, up to max_shards.",
+    )  # fmt: skip
+    shard_up_delay_s: float = Field(
+        30.0, ge=0, description="How long shards must have been too busy before there is one more."
+    )
+    shard_down_delay_s: float = Field(
+        600.0,
+        ge=0,
+        description="How long one shard fewer must have been enough, with a sixth to spare, before one goes.",
+    )
     router_kv_target: float = Field(
         0.7, gt=0, le=1, description="Part of their KV cache that routers should use at most; with more in use there "
         "are more, up to max_routers.",
@@ -153,6 +171,11 @@ class ServiceConfig(BaseModel):
     router_down_delay_s: float = Field(
         600.0, ge=0, description="How long fewer routers must have been enough, with a fifth to spare, before some go. "
         "Their streams end first, within drain_timeout_s.",
+    )  # fmt: skip
+    router_prefix_gap: int | None = Field(
+        None, ge=0, description="How many requests more than the least busy router one may have and still get a "
+        "request whose prompt is in its prefix cache; with a part of the prompt, that part of it. 0: prefixes do not "
+        "count. Default: a quarter of max_num_seqs.",
     )  # fmt: skip
     drain_timeout_s: float = Field(
         120.0, gt=0, description="How long open requests may go on when the service or a process is told to stop."
@@ -191,6 +214,14 @@ class ServiceConfig(BaseModel):
     def most_routers(self) -> int:
         return self.max_routers or self.routers
 
+    @property
+    def most_shards(self) -> int:
+        return self.max_shards or self.shards
+
+    @property
+    def prefix_gap(self) -> int:
+        return self.max_num_seqs // PREFIX_PART if self.router_prefix_gap is None else self.router_prefix_gap
+
     @field_validator("app_name")
     @classmethod
     def _check_app_name(cls, value: str) -> str:
@@ -202,6 +233,10 @@ class ServiceConfig(BaseModel):
     def _check_together(self) -> Self:
         if self.copies > max(1, self.shards):
             raise ValueError(f"copies must be at most shards ({self.shards}), not {self.copies}")
+        if self.most_shards < self.shards:
+            raise ValueError(f"max_shards must be at least shards ({self.shards}), not {self.max_shards}")
+        if self.shards == 0 < self.most_shards:
+            raise ValueError("shards must be at least 1 where max_shards is given, not 0")
         if self.most_routers < self.routers:
             raise ValueError(f"max_routers must be at least routers ({self.routers}), not {self.max_routers}")
         if self.http_port == self.grpc_port:

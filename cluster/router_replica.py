@@ -56,9 +56,12 @@ class RouterReplica:
         await first.start()
         self._routers[first.weights_version] = first
 
-    async def generate(self, request: bytes, *, weights_version: int, shun: Sequence[str] = ()) -> bytes:
-        """See router.replica.Router.generate. shun is for cluster.front.router_choice, on the way here. A version that
-        is not here (any more) ends like a router that is silent: another one may have it."""
+    async def generate(
+        self, request: bytes, *, weights_version: int, shun: Sequence[str] = (), prefix: bytes = b""
+    ) -> bytes:
+        """See router.replica.Router.generate. shun (replicas and nodes) and prefix are for
+        cluster.front.router_choice, on the way here. A version that is not here (any more) ends like a router that is
+        silent: another one may have it."""
         router = self._routers.get(weights_version)
         if router is not None:
             return await router.generate(request)

@@ -48,7 +48,7 @@ def resolve(config: ServiceConfig, model: ModelConfig, num_cores: int) -> Servic
     if config.expert_dtype != "auto":
         check_axis("hidden_size", model.hidden_size)
         check_axis("intermediate_size of the experts", model.expert_shape.intermediate_size)
-    threads = max(1, num_cores // (config.most_routers + config.shards))
+    threads = max(1, num_cores // (config.most_routers + config.most_shards))
     return config.model_copy(
         update={
             "dtype": _dtype(config, model),

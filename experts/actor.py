@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from experts.epoch import Epoch, ShardAddress
+from experts.leaving_signal import LeavingSignal
 from experts.logs import configure_logging
 from experts.process_memory import resident_bytes
 from experts.shard_spec import ShardSpec
@@ -48,6 +49,7 @@ class ExpertShardActor:
             wait=wait_policy(spec.lane_spin_us),
         )
         self._server.start()
+        self._leaving = LeavingSignal()
 
     def address(self) -> ShardAddress:
         return self._server.address(self._node_id)
@@ -88,6 +90,7 @@ class ExpertShardActor:
             "num_free_slots": self._num_free_slots(),
             "num_free_bytes": self._num_free_bytes(),
             "num_loaded": self._control.num_loaded,
+            "is_leaving": self._leaving.has_come,
         }
 
     def drain(self, timeout_s: float = 30.0) -> None:

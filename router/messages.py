@@ -238,7 +238,8 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request has ended. Its last TokenBatch was handed to the gateway's connection before this went to the
     pipe, yet the two travel apart and this may arrive first: only the finish_reason in the token stream ends it.
 
-    suspect: set by the replica of an engine that is silent; what the replica is called, for whoever asks elsewhere.
+    suspect: set by the replica of an engine that is silent or gone; what the replica is called, for whoever asks
+    elsewhere.
     """
 
     request_id: str

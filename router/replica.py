@@ -15,7 +15,17 @@ from router.choice_id import log_fields
 from router.engine_client import EngineClient, EngineDiedError
 from router.engine_watch import EngineWatch
 from router.lane_state import EpochOffer, LaneState, next_messages
-from router.messages import EngineStats, ErrorCode, Finished, FinishReason, Ready, Start, decode_request, encode
+from router.messages import (
+    EngineStats,
+    ErrorCode,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Ready,
+    Start,
+    decode_request,
+    encode,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +129,7 @@ class Router:
         The tokens go to the request's return_address meanwhile. Their way is another one: the call may end before
         the last of them arrives, so what ends a request is the finish_reason among its tokens. The call tells what
         no token can: a request refused at once (ERROR, nothing was sent), given up because its gateway could not
-        be reached or the engine is silent (ABORT with an error), or lost with its engine (raises EngineDiedError);
-        after the last two submit it elsewhere.
+        be reached or the engine is silent or gone (ABORT with an error): then submit it elsewhere.
         Cancelling the call aborts the request.
         """
         try:
@@ -128,7 +137,10 @@ class Router:
         except msgspec.DecodeError as error:
             return encode(_refusal(str(error)))
         logger.debug("to the engine: attempt %d", decoded.attempt, extra=log_fields(decoded.request_id))
-        finished = await self._client.generate(decoded)
+        try:
+            finished = await self._client.generate(decoded)
+        except EngineDiedError as error:
+            return encode(_lost(decoded, str(error), self._name))
         if self._client.is_doubted:
             finished = msgspec.structs.replace(finished, suspect=self._name)
         logger.debug("the engine has ended it: %s", finished.finish_reason, extra=log_fields(decoded.request_id))
@@ -171,6 +183,16 @@ class Router:
     def _tell_death(self, reason: str) -> None:
         if self._is_ready.is_set() and self._on_death is not None:
             self._on_death(reason)
+
+
+def _lost(request: GenerateRequest, error: str, name: str) -> Finished:
+    return Finished(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        finish_reason=FinishReason.ABORT,
+        error=error,
+        suspect=name,
+    )
 
 
 def _refusal(error: str) -> Finished:

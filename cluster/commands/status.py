@@ -108,6 +108,7 @@ def view_to_json(view: admin_pb2.GetViewResponse) -> dict[str, Any]:
             _member(shard.member) | {"slots": [[slot.layer, slot.expert] for slot in shard.slots]}
             for shard in view.shards
         ],
+        "shard_growth": _growth(view.shard_growth),
         "load": [[load.layer, load.expert, load.tokens] for load in view.load],
         "weights_version": view.weights_version,
         "model": view.model,
@@ -132,6 +133,11 @@ def _member(member: admin_pb2.Member) -> dict[str, Any]:
     return {"id": member.id, "pid": member.pid, "node": member.node, "state": member.state}
 
 
+def _growth(growth: admin_pb2.ShardGrowth) -> dict[str, Any]:
+    busy = growth.busy if growth.HasField("busy") else None
+    return {"state": growth.state, "least": growth.least, "most": growth.most, "busy": busy, "why": growth.why}
+
+
 def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
     tokens = {(load.layer, load.expert): load.tokens for load in view.load}
     rows: list[tuple[str, ...]] = [("ROLE", "ID", "PID", "NODE", "STATE", "EXPERTS", "TOKENS")]
@@ -145,7 +151,16 @@ def view_to_table(address: str, view: admin_pb2.GetViewResponse) -> str:
     load = ", ".join(f"layer {each.layer} expert {each.expert}: {each.tokens}" for each in hottest if each.tokens)
     head = f"{address}  epoch {view.epoch}  weights version {view.weights_version}, {view.model}"
     update = [update_to_text(view.update)] if view.HasField("update") else []
-    return "\n".join([head, *update, *aligned(rows), f"most used: {load or 'nothing yet'}"])
+    last = [f"most used: {load or 'nothing yet'}", *_growth_lines(view.shard_growth)]
+    return "\n".join([head, *update, *aligned(rows), *last])
+
+
+def _growth_lines(growth: admin_pb2.ShardGrowth) -> list[str]:
+    """None where no load changes the number of shards."""
+    if growth.least == growth.most:
+        return []
+    busy = f", {growth.busy:.0%} busy" if growth.HasField("busy") else ""
+    return [f"shards: {growth.least} to {growth.most}{busy}, {growth.state}: {growth.why}"]
 
 
 def requests_to_json(found: admin_pb2.ListRequestsResponse) -> dict[str, Any]:

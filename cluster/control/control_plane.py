@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.config import ServiceConfig, parse_config
 from cluster.control.desired_state import DesiredState, Memory
+from cluster.control.draining_nodes import DrainingNodes
 from cluster.control.expert_tier import ExpertTier
 from cluster.control.load_ledger import LoadLedger
 from cluster.control.member_report import MemberReport
@@ -23,6 +24,7 @@ from cluster.control.outside import Outside
 from cluster.control.rebalancing import Rebalancing
 from cluster.control.reconcile import AppWatch, shard_changes
 from cluster.control.report_book import ReportBook
+from cluster.control.shard_care import ShardCare
 from cluster.control.shard_fleet import ShardReport
 from cluster.control.shard_watch import ShardWatch
 from cluster.control.updating import Updating
@@ -73,7 +75,8 @@ class ControlPlane:
             on_news=self._news.set,
             on_death=lambda shard_id, reason: self._note_death(MemberId(shard_id), reason),
         )
-        self._rebalancing = Rebalancing(self._tier, num_cores=num_cores, clock=outside.clock)
+        self._care = ShardCare(self._tier, memory, num_cores=num_cores, clock=outside.clock)
+        self._draining = DrainingNodes(outside.nodes, self._tier, my_node_id=me.node_id)
         self._updating = Updating(
             tier=self._tier,
             memory=memory,
@@ -161,6 +164,7 @@ class ControlPlane:
         num_ready = self._membership.num_ready(MemberKind.ROUTER, self._now())
         answer: dict[str, Any] = {"known": known, "term": self.state.term, "num_ready_routers": num_ready}
         answer["weights"] = self._updating.versions_told()
+        answer["draining_nodes"] = self._draining.ids
         if report.lanes is not None and self._tier.keeper is not None:
             self._tier.keeper.note_router(member.member_id, report.weights_version, report.lanes)
             offer = self._tier.keeper.offer(member.member_id, report.weights_version)
@@ -184,6 +188,7 @@ class ControlPlane:
             epoch=epoch["number"] if epoch else 0,
             members=[self._me, *(member for kind in MemberKind for member in self._members(kind))],
             imbalance=self._ledger.imbalance(),
+            growth=self._care.growth.growth,
             resident_bytes=resident_bytes(),
         )
         return numbers
@@ -200,9 +205,7 @@ class ControlPlane:
         """
         async with self._changing_tier:
             self._check_not_retiring()
-            if self._tier.keeper is None:
-                raise ValueError("shards: this service has none, or they have not started yet")
-            return await self._tier.keeper.scale(num_shards)
+            return await self._care.growth.scale(num_shards)
 
     def view(self) -> dict[str, Any]:
         """What `arriero status --json` prints."""
@@ -216,6 +219,7 @@ class ControlPlane:
                 {**member.to_dict(), "slots": epoch["slots_by_shard"].get(member.member_id, []) if epoch else []}
                 for member in self._members(MemberKind.SHARD)
             ],
+            "shard_growth": self._care.growth.growth.to_dict(),
             "load": [list(entry) for entry in self._ledger.totals()],
             "weights_version": self.state.weights_version,
             "model": served_model(self.state),
@@ -228,11 +232,11 @@ class ControlPlane:
 
     @property
     def rebalancing(self) -> Rebalancing:
-        return self._rebalancing
+        return self._care.rebalancing
 
     async def run(self) -> None:
         """Looks at everybody until the service has been removed. Raises what keeps it from that."""
-        keeping = (self._keep_shards(), self._rebalancing.repeat_for_ever())
+        keeping = (self._keep_shards(), *self._care.work(), self._draining.watch_for_ever())
         work = (*keeping, self._look_at_processes_for_ever(), self._watch_app(), self._retired.wait())
         tasks = [asyncio.create_task(each) for each in work]
         try:
@@ -274,10 +278,10 @@ class ControlPlane:
                 raise ValueError(f"the service runs with other values of {names}: delete the application first")
             logger.info("configured anew (%s): the shards are replaced", names)
             await self._tier.replace(wanted)
-            self._rebalancing.begin_anew()
+            self._care.begin_anew()
 
     def _members(self, kind: MemberKind) -> tuple[Member, ...]:
-        return self._membership.of_kind(kind, self._now())
+        return tuple(self._draining.shown(member) for member in self._membership.of_kind(kind, self._now()))
 
     def _take(self, member_id: MemberId, report: MemberReport) -> None:
         self._reports.take(member_id, report, self._now())
@@ -287,7 +291,7 @@ class ControlPlane:
 
     def _take_shard_report(self, shard_id: ShardId, report: ShardReport) -> None:
         self._take(MemberId(shard_id), MemberReport(load=list(report.load), metrics=report.metrics))
-        self._rebalancing.note(shard_id, report)
+        self._care.note(shard_id, report)
         self._updating.note_shard(shard_id, report)
 
     def _note_death(self, member_id: MemberId, reason: str) -> None:
@@ -299,7 +303,7 @@ class ControlPlane:
         self._processes.pop(member_id, None)
         self._ledger.close(member_id)
         self._reports.close(member_id)
-        self._rebalancing.forget(ShardId(member_id))
+        self._care.forget(ShardId(member_id))
         self._updating.forget(member_id)
         self._end_lease(member_id)
 

@@ -13,10 +13,12 @@ import ray
 
 from cluster.config import ServiceConfig, parse_config
 from cluster.control.control_plane import ControlPlane, RetiringError
+from cluster.control.draining_nodes import MustMoveError
 from cluster.control.kv_store import KvStore
 from cluster.control.member_report import MemberReport
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.control.outside import Outside
+from cluster.control.ray_nodes import RayNodes
 from cluster.control.serve_apps import ServeApps
 from cluster.control.shard_pool import RayShardPool
 from cluster.control.updating import UpdateRefusedError
@@ -29,6 +31,7 @@ logger = logging.getLogger("arriero.controller")
 
 PROBE_TIMEOUT_S = 1.0
 SERVE_TIMEOUT_S = 5.0
+NODES_TIMEOUT_S = 5.0
 
 
 class Controller:
@@ -112,6 +115,7 @@ class Controller:
             apps=self._apps,
             pool=RayShardPool(app_name=config.app_name, num_cpus=config.shard_num_cpus, num_gpus=num_gpus),
             probe=RayProbe(PROBE_TIMEOUT_S),
+            nodes=RayNodes(NODES_TIMEOUT_S),
         )
         num_cores = len(os.sched_getaffinity(0))
         plane = await ControlPlane.start(config=config, me=me, num_cores=num_cores, outside=outside)
@@ -134,6 +138,9 @@ class Controller:
     async def _live(self) -> None:
         try:
             await (await self._plane).run()
+        except MustMoveError as error:
+            logger.warning("the controller moves to another node: %s", error)
+            os._exit(1)
         except Exception:
             # Ray starts this actor again, in a new term.
             logger.exception("the controller failed")

@@ -68,6 +68,7 @@ class ControllerLink:
         self._reporter: asyncio.Task[None] | None = None
         self._is_answered = True
         self.num_ready_routers = 0
+        self.draining_nodes: list[str] = []
 
     async def join_router(self, member: Member, weights_version: int | None = None) -> dict[str, Any]:
         """See ControlPlane.join_router. Raises what that raises, TimeoutError, RayError."""
@@ -211,6 +212,7 @@ class ControllerLink:
             # The controller was reborn and learns of us here.
             await self._controller.take_in.remote(member, ray.get_runtime_context().current_actor, report)
         self.num_ready_routers = answer["num_ready_routers"]
+        self.draining_nodes = answer["draining_nodes"]
         # A lower term: a controller that another one has succeeded.
         if answer["term"] < self._term:
             return

@@ -43,8 +43,9 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
 
     term grows with every start of a controller; last_epoch is the highest number ever given to an epoch. secret
     opens lanes and token links. shard_ids names every shard that may exist, before it is created, so that none can be
-    lost; target is what each should hold, (layer, expert) by shard, once all is well. departed: what members counted
-    that are gone, for metrics that must never go back.
+    lost; target is what each should hold, (layer, expert) by shard, once all is well. least_shards: how many an
+    operator has asked for since the start, below which no load takes them; None: what the config says. departed: what
+    members counted that are gone, for metrics that must never go back.
 
     weights_version is the one that new requests get; model is whose weights it is, where an update has put it in the
     place of config's. last_version is the highest ever given to weights.
@@ -58,6 +59,7 @@ class DesiredState(msgspec.Struct, frozen=True, kw_only=True):
     last_epoch: int = 0
     shard_ids: tuple[str, ...] = ()
     target: dict[str, list[tuple[int, int]]] = {}
+    least_shards: int | None = None
     epoch: dict[str, Any] | None = None
     preparing: dict[str, Any] | None = None
     departed: Snapshot = msgspec.field(default_factory=Snapshot)

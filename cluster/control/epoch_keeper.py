@@ -114,6 +114,10 @@ class EpochKeeper:
             self._on_death(shard_id, reason)
             self._on_news()
 
+    def note_draining(self, node_ids: frozenset[str]) -> None:
+        """These nodes are to go: what lives there is moved away while it serves."""
+        self._shards.note_draining(node_ids)
+
     def note_router(self, router_id: MemberId, weights_version: int, lanes: Mapping[str, Any]) -> None:
         line = self._lines.get(weights_version)
         if line is not None and line.note_router(router_id, lanes):
@@ -148,6 +152,9 @@ class EpochKeeper:
             return f"weights version {self._memory.state.other.weights_version} is served or loaded, too"
         return unrest(self._view())
 
+    def _reason_to_wait(self) -> str | None:
+        return "the service is being removed" if self._stopped else self.unrest()
+
     @property
     def movement(self) -> Movement | None:
         """The last one that this controller has begun, under way or over."""
@@ -155,10 +162,12 @@ class EpochKeeper:
 
     # What is done about it
 
-    async def scale(self, num_shards: int) -> tuple[ShardId, ...]:
+    async def scale(self, num_shards: int, *, only_at_rest: bool = False) -> tuple[ShardId, ...]:
         """Wants so many shards from now on, and returns them; ``act`` brings that about. Those that do not serve leave
-        first, then the last. Raises ValueError for a number that cannot be."""
+        first, then the last. Raises ValueError for a number that cannot be, and with only_at_rest UnrestError."""
         async with self._acting:
+            if only_at_rest and (reason := self._reason_to_wait()) is not None:
+                raise UnrestError(reason)
             target = target_of(self._memory.state.target)
             check_count(target, num_shards)
             views = self._shards.views(self._clock(), self._memory.state.weights_version)
@@ -178,7 +187,7 @@ class EpochKeeper:
         """Begins to take up these placements one after the other, the first of which is in force; ``act`` goes on with
         that. Raises UnrestError."""
         async with self._acting:
-            reason = "the service is being removed" if self._stopped else self.unrest()
+            reason = self._reason_to_wait()
             if reason is None and not is_same(self._view().placement, placements[0]):
                 reason = "the shards have changed meanwhile"
             if reason is not None:

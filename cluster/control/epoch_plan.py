@@ -22,7 +22,7 @@ from experts.placement import ExpertPlacement, ShardId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replace:
-    """The shard is dead: another process, under another name, is to hold what it should hold."""
+    """The shard is dead or must leave: another process, under another name, is to hold what it should hold."""
 
     shard_id: ShardId
 
@@ -95,6 +95,9 @@ def _replacements(view: EpochView) -> Iterator[Action]:
     for shard_id in view.target.slots_by_shard:
         known = view.shards.get(shard_id)
         if known is None or (known.state is MemberState.DEAD and not known.rests):
+            yield Replace(shard_id=shard_id)
+        elif known.state is MemberState.READY and known.must_leave:
+            # It serves until the other one does.
             yield Replace(shard_id=shard_id)
 
 

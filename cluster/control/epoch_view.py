@@ -17,8 +17,9 @@ LEASE_S = 3.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardView:
     """epochs: those it serves. num_free_slots: how many more fit into memory_pool, which shards may share.
-    seen_s: when it last answered. num_loaded: slots it was given since it started. rests: it was lost before it had
-    ever served, and is not replaced just yet."""
+    seen_s: when it last answered. num_loaded: slots it was given since it started. must_leave: its node is to go, or
+    its process was told to end; is_pressed: and the one in its place takes long. rests: it was lost before it had ever
+    served, and is not replaced just yet."""
 
     state: MemberState
     epochs: frozenset[int] = frozenset()
@@ -26,6 +27,8 @@ class ShardView:
     num_free_slots: int = 0
     seen_s: float = 0.0
     num_loaded: int = 0
+    must_leave: bool = False
+    is_pressed: bool = False
     rests: bool = False
 
 

@@ -104,7 +104,12 @@ class ExpertTier:
         self.config = config
         version = self._memory.state.last_version + 1
         await self._memory.change(
-            config=config.model_dump(), weights_version=version, last_version=version, model=None, update=None
+            config=config.model_dump(),
+            weights_version=version,
+            last_version=version,
+            model=None,
+            update=None,
+            least_shards=None,
         )
         self._bring_up = self._begin()
 

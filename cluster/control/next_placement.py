@@ -20,14 +20,15 @@ def next_placement(view: EpochView) -> ExpertPlacement | None:
     """The best placement that ready shards can serve now, every slot placed; None when a slot has no home yet.
 
     What is well placed stays: a copy moves only when its shard leaves or its target is ready. A slot that still has
-    a living copy gets no emergency copy. A suspect keeps its slots, and others take them over only when routers do
-    without it: it may just be slow to tell.
+    a living copy gets no emergency copy. A shard that must leave keeps its slots until the one in its place is ready,
+    or, where that takes long, until others that have room hold them. A suspect keeps its slots, and others take them
+    over only when routers do without it: it may just be slow to tell.
     """
     draft = _Draft(view)
     draft.take_target()
     draft.keep_copies()
     for slot in draft.orphans():
-        if not draft.find_home(slot) and not draft.has_suspect(slot):
+        if not draft.find_home(slot) and not draft.keep_pressed(slot) and not draft.has_suspect(slot):
             return None
     return draft.placement()
 
@@ -64,6 +65,7 @@ class _Draft:
         """Gives the slot to the ready shard with the fewest slots that has room."""
         ready = [shard for shard in self._members() if self._view.is_ready(shard)]
         roomy = [shard for shard in ready if self._room.get(self._pool(shard), 0) > 0]
+        roomy = [shard for shard in roomy if not self._view.shards[shard].must_leave] or self._last_resort(slot, roomy)
         if not roomy:
             return False
         home = min(roomy, key=lambda shard: len(self._slots.get(shard, ())))
@@ -71,8 +73,20 @@ class _Draft:
         self._room[self._pool(home)] -= 1
         return True
 
+    def keep_pressed(self, slot: Slot) -> bool:
+        """Leaves the slot where it is, on a shard that should go."""
+        holders = [shard for shard in self._view.placement.shards_of(slot) if self._view.is_ready(shard)]
+        for shard_id in holders[:1]:
+            self._slots.setdefault(shard_id, []).append(slot)
+        return bool(holders)
+
     def has_suspect(self, slot: Slot) -> bool:
         return any(slot in self._slots[shard_id] for shard_id in self._slots)
+
+    def _last_resort(self, slot: Slot, leaving: list[ShardId]) -> list[ShardId]:
+        """Shards that must leave take over only what would else be lost."""
+        is_held = any(self._view.is_ready(shard) for shard in self._view.placement.shards_of(slot))
+        return [] if is_held else leaving
 
     def placement(self) -> ExpertPlacement:
         return ExpertPlacement(slots_by_shard={shard: tuple(sorted(slots)) for shard, slots in self._slots.items()})
@@ -82,7 +96,9 @@ class _Draft:
         return dict.fromkeys([*self._slots, *self._view.placement.slots_by_shard])
 
     def _can_keep(self, shard_id: ShardId, slot: Slot) -> bool:
-        return self._view.is_ready(shard_id) and slot not in self._slots.get(shard_id, ())
+        if not self._view.is_ready(shard_id) or self._view.shards[shard_id].is_pressed:
+            return False
+        return slot not in self._slots.get(shard_id, ())
 
     def _num_living(self, slot: Slot) -> int:
         holders = [shard for shard, slots in self._slots.items() if slot in slots]

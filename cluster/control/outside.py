@@ -1,4 +1,4 @@
-"""What the control plane acts on, as protocols: Serve, Ray's actors, its memory, the clock."""
+"""What the control plane acts on, as protocols: Serve, Ray's actors and nodes, its memory, the clock."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ class Probe(Protocol):
         ...
 
 
+class Nodes(Protocol):
+    async def draining(self) -> frozenset[str] | None:
+        """Ray's ids of the nodes that are to go soon; None when Ray does not answer."""
+        ...
+
+    async def are_there_others(self, node_ids: frozenset[str]) -> bool:
+        """Whether nodes live that are none of these; False when Ray does not answer."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
     """What the control plane acts on."""
@@ -31,4 +41,5 @@ class Outside:
     apps: Apps
     pool: ShardPool
     probe: Probe
+    nodes: Nodes
     clock: Callable[[], float] = time.monotonic

@@ -13,8 +13,8 @@ from experts.placement import ShardId
 KEYS_OF_FRONT = frozenset(
     {
         "gateways", "routers", "max_routers", "router_kv_target", "router_seat_target", "router_waiting_target",
-        "router_up_delay_s", "router_down_delay_s", "http_host", "http_port", "grpc_port", "max_model_len",
-        "max_num_batched_tokens",
+        "router_up_delay_s", "router_down_delay_s", "router_prefix_gap", "http_host", "http_port", "grpc_port",
+        "max_model_len", "max_num_batched_tokens",
         "max_num_seqs", "max_queued_requests", "num_kv_blocks", "block_size", "seed", "max_logprobs", "max_choices",
         "max_request_bytes", "stream_interval_ms", "on_missing_expert", "expert_wait_s", "lane_timeout_s",
         "lane_silence_s", "lane_transport", "micro_batches", "resubmit_timeout_s", "router_threads",

@@ -43,7 +43,8 @@ class StartError(RuntimeError):
 class ShardReport:
     """What a shard says of itself. load: (layer, expert, tokens) since it started. num_free_slots fit into
     memory_pool, which it may share with others, and of which num_free_bytes are free. num_loaded: slots that it was
-    given since it started. epochs: those it serves, each with its weights version."""
+    given since it started. epochs: those it serves, each with its weights version. is_leaving: its process was told to
+    end."""
 
     pid: int
     node_id: str
@@ -54,6 +55,7 @@ class ShardReport:
     num_loaded: int
     work: ShardWork
     num_free_bytes: int = 0
+    is_leaving: bool = False
     metrics: Snapshot = field(default_factory=Snapshot)
 
 

@@ -85,6 +85,7 @@ class RayShardPool:
             num_free_slots=stats["num_free_slots"],
             num_loaded=stats["num_loaded"],
             num_free_bytes=stats["num_free_bytes"],
+            is_leaving=stats["is_leaving"],
             work=ShardWork.from_stats(stats),
             metrics=metrics,
         )

@@ -11,6 +11,9 @@ from cluster.control.shard_fleet import ShardReport
 from experts.epoch import ShardAddress
 from experts.placement import ShardId
 
+# How long a shard that must leave waits for the one in its place before others take over what it holds.
+PATIENCE_S = 20.0
+
 
 @dataclass(slots=True, kw_only=True)
 class _Record:
@@ -22,6 +25,7 @@ class _Record:
     memory_pool: str = ""
     num_free_slots: int = 0
     num_loaded: int = 0
+    leaving_since_s: float | None = None
     seen_s: float | None = None
     has_ended: bool = False
     rests_until_s: float = 0.0
@@ -33,6 +37,7 @@ class ShardRecords:
     def __init__(self, *, suspect_after_s: float) -> None:
         self._suspect_after_s = suspect_after_s
         self._records: dict[ShardId, _Record] = {}
+        self._draining_nodes: frozenset[str] = frozenset()
 
     def __contains__(self, shard_id: ShardId) -> bool:
         return shard_id in self._records
@@ -65,6 +70,15 @@ class ShardRecords:
             record.memory_pool, record.num_free_slots = report.memory_pool, report.num_free_slots
             record.num_loaded = report.num_loaded
             record.seen_s = now_s
+            must_leave = report.is_leaving or report.node_id in self._draining_nodes
+            if not must_leave:
+                record.leaving_since_s = None
+            elif record.leaving_since_s is None:
+                record.leaving_since_s = now_s
+
+    def note_draining(self, node_ids: frozenset[str]) -> None:
+        """Counts from a shard's next report on."""
+        self._draining_nodes = node_ids
 
     def note_serves(self, shard_id: ShardId, number: int, weights_version: int) -> None:
         if (record := self._living(shard_id)) is not None:
@@ -105,6 +119,8 @@ class ShardRecords:
             num_free_slots=record.num_free_slots,
             seen_s=record.seen_s or 0.0,
             num_loaded=record.num_loaded,
+            must_leave=record.leaving_since_s is not None,
+            is_pressed=record.leaving_since_s is not None and now_s - record.leaving_since_s > PATIENCE_S,
             rests=now_s < record.rests_until_s,
         )
 

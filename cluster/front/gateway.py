@@ -112,6 +112,8 @@ class Gateway:
                 routers,
                 num_ready=lambda: self._link.num_ready_routers,
                 absence_timeout_s=config.resubmit_timeout_s,
+                draining_nodes=lambda: self._link.draining_nodes,
+                prefix_block_size=None if config.prefix_gap == 0 else config.block_size,
             ),
             tokens=self._tokens,
             relay_limits=_relay_limits(config),

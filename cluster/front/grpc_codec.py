@@ -160,6 +160,7 @@ def view_response(view: Mapping[str, Any]) -> admin_pb2.GetViewResponse:
         gateways=[admin_pb2.Member(**member) for member in view["gateways"]],
         routers=[admin_pb2.Member(**member) for member in view["routers"]],
         shards=[_shard_member(**member) for member in view["shards"]],
+        shard_growth=admin_pb2.ShardGrowth(**view["shard_growth"]),
         load=[
             admin_pb2.ExpertLoad(layer=layer, expert=expert, tokens=tokens) for layer, expert, tokens in view["load"]
         ],

@@ -180,7 +180,13 @@ EXPERT_LOAD_IMBALANCE = _gauge(
     "How unevenly a layer's experts were asked for since the start: (max - mean) / mean.",
     ("layer",),
 )
+SHARD_GROWTH = _gauge(
+    "arriero:shard_growth", "1 for how the number of shards stands to the load, 0 for the others.", ("state",)
+)
+SHARD_BUSY_FRACTION = _gauge(
+    "arriero:shard_busy_fraction", "Part of the time that shards compute, of late and on average."
+)
 
-CONTROLLER_METRICS = (EPOCH, MEMBERS, EXPERT_LOAD_IMBALANCE)
+CONTROLLER_METRICS = (EPOCH, MEMBERS, EXPERT_LOAD_IMBALANCE, SHARD_GROWTH, SHARD_BUSY_FRACTION)
 
 METRICS = GATEWAY_METRICS + ROUTER_METRICS + SHARD_METRICS + SHARED_METRICS + CONTROLLER_METRICS

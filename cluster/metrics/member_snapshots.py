@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from cluster.control.growth import Growth, GrowthState
 from cluster.control.membership import Member, MemberKind, MemberState
 from cluster.metrics import definitions as metrics
 from cluster.metrics.snapshot import Snapshot
@@ -55,7 +56,7 @@ def shard_snapshot(
 
 
 def controller_snapshot(
-    *, epoch: int, members: Iterable[Member], imbalance: Mapping[int, float], resident_bytes: int
+    *, epoch: int, members: Iterable[Member], imbalance: Mapping[int, float], growth: Growth, resident_bytes: int
 ) -> Snapshot:
     """imbalance: by layer."""
     snapshot = Snapshot()
@@ -64,6 +65,10 @@ def controller_snapshot(
     for kind in MemberKind:
         for state in MemberState:
             snapshot.put(metrics.MEMBERS, counts[kind, state], kind, state)
+    for growth_state in GrowthState:
+        snapshot.put(metrics.SHARD_GROWTH, int(growth_state is growth.state), growth_state)
+    if growth.busy is not None:
+        snapshot.put(metrics.SHARD_BUSY_FRACTION, growth.busy)
     for layer, value in imbalance.items():
         snapshot.put(metrics.EXPERT_LOAD_IMBALANCE, value, str(layer))
     snapshot.put(metrics.RESIDENT_MEMORY, resident_bytes)

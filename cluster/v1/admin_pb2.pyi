@@ -250,6 +250,7 @@ class GetViewResponse(_message.Message):
     WEIGHTS_VERSION_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
+    SHARD_GROWTH_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The epoch in force: it names one triple of membership, placement and weights version."""
     weights_version: _builtins.int
@@ -271,6 +272,8 @@ class GetViewResponse(_message.Message):
     def update(self) -> Global___GetUpdateResponse:
         """The last update of the weights; unset before the first."""
 
+    @_builtins.property
+    def shard_growth(self) -> Global___ShardGrowth: ...
     def __init__(
         self,
         *,
@@ -283,14 +286,54 @@ class GetViewResponse(_message.Message):
         weights_version: _builtins.int = ...,
         model: _builtins.str = ...,
         update: Global___GetUpdateResponse | None = ...,
+        shard_growth: Global___ShardGrowth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "shard_growth", b"shard_growth", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "epoch", b"epoch", "gateways", b"gateways", "load", b"load", "model", b"model", "routers", b"routers", "shards", b"shards", "update", b"update", "weights_version", b"weights_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "epoch", b"epoch", "gateways", b"gateways", "load", b"load", "model", b"model", "routers", b"routers", "shard_growth", b"shard_growth", "shards", b"shards", "update", b"update", "weights_version", b"weights_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetViewResponse: _TypeAlias = GetViewResponse  # noqa: Y015
+
+@_typing.final
+class ShardGrowth(_message.Message):
+    """How the number of shards stands to the load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    LEAST_FIELD_NUMBER: _builtins.int
+    MOST_FIELD_NUMBER: _builtins.int
+    BUSY_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """"off", "steady", "too_busy", "too_idle" or "waits"."""
+    least: _builtins.int
+    """The bounds, equal where no load changes the number."""
+    most: _builtins.int
+    busy: _builtins.float
+    """Part of the time that shards compute, of late and on average; absent while it is not known."""
+    why: _builtins.str
+    """One sentence."""
+    def __init__(
+        self,
+        *,
+        state: _builtins.str = ...,
+        least: _builtins.int = ...,
+        most: _builtins.int = ...,
+        busy: _builtins.float | None = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_busy", b"_busy", "busy", b"busy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_busy", b"_busy", "busy", b"busy", "least", b"least", "most", b"most", "state", b"state", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__busy: _TypeAlias = _typing.Literal["busy"]  # noqa: Y015
+    _WhichOneofArgType__busy: _TypeAlias = _typing.Literal["_busy", b"_busy"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__busy) -> _WhichOneofReturnType__busy | None: ...
+
+Global___ShardGrowth: _TypeAlias = ShardGrowth  # noqa: Y015
 
 @_typing.final
 class Member(_message.Message):

@@ -77,6 +77,10 @@ class Crowd:
     def assert_all_open(self) -> None:
         assert not any(read.done() for read in self._reads), "the fault comes too late to hit this stream"
 
+    @property
+    def is_over(self) -> bool:
+        return all(read.done() for read in self._reads)
+
     def finish(self) -> list[list[int]]:
         """The tokens of each; raises what a stream has raised."""
         for read in self._reads:

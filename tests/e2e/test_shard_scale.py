@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -53,10 +54,14 @@ def epoch_pauses(router_id: str) -> dict[int, float]:
     return {int(each[1]): float(each[2]) for each in found if each is not None}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(elastic: Service) -> list[list[int]]:
+    return Crowd(elastic, "undisturbed").finish()
+
+
 def test_streams_do_not_notice_that_shards_come_and_go(
-    elastic: Service, admin: admin_pb2_grpc.AdminServiceStub, tell: Tell
+    elastic: Service, admin: admin_pb2_grpc.AdminServiceStub, undisturbed: list[list[int]], tell: Tell
 ) -> None:
-    undisturbed = Crowd(elastic, "undisturbed").finish()
     epoch = elastic.view()["epoch"]
     for num_shards in (3, 1, 2):
         crowd = Crowd(elastic, f"{num_shards} shards")
@@ -87,3 +92,28 @@ def test_scaling_needs_the_token_and_a_number_that_can_be(
         assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "shards must be between 1, the copies of an expert, and 32" in failure.value.details()
         assert f"not {num_shards}" in failure.value.details()
+
+
+def test_shards_come_with_the_load_and_go_without_it_and_no_stream_notices(
+    run_app: RunApp, undisturbed: list[list[int]], tell: Tell
+) -> None:
+    options = {"shard_busy_target": 0.02, "shard_up_delay_s": 1.0, "shard_down_delay_s": 2.0, "stream_interval_ms": 0}
+    with run_app("growing", routers=1, shards=1, max_shards=2, **options) as service:
+
+        def serving() -> list[str]:
+            return [shard["id"] for shard in service.view()["shards"] if shard["state"] == "ready" and shard["slots"]]
+
+        assert len(serving()) == 1
+        # One crowd begins before the other has ended: the load never thins out.
+        num_crowds, crowd, deadline_s = 1, Crowd(service, "crowd 1"), time.monotonic() + WHOLE_S
+        while len(serving()) < 2:
+            assert time.monotonic() < deadline_s, f"no second shard within {WHOLE_S} s: {service.view()}"
+            num_crowds += 1
+            following = Crowd(service, f"crowd {num_crowds}")
+            assert crowd.finish() == undisturbed
+            crowd = following
+        busy = service.view()["shard_growth"]["busy"]
+        assert crowd.finish() == undisturbed
+        wait_until(lambda: len(serving()) == 1, "one shard is left")
+        assert service.view()["shard_growth"]["most"] == 2
+        tell(f"two shards after {num_crowds} crowds, {busy} busy")

@@ -60,6 +60,9 @@ class FakeShard:
     may_prepare: asyncio.Event = field(default_factory=asyncio.Event)
     error: str | None = None
     num_loaded: int = 0
+    busy_s: float = 0.0
+    node_id: str = "n"
+    is_leaving: bool = False
     heard: list[str] = field(default_factory=list)
     versions: dict[int, int] = field(default_factory=dict)
     models: dict[int, str] = field(default_factory=dict)
@@ -116,7 +119,8 @@ class FakePool:
         shard = await self._spoken_to(shard_id)
         return ShardReport(
             pid=7,
-            node_id="n",
+            node_id=shard.node_id,
+            is_leaving=shard.is_leaving,
             load=shard.load,
             epochs={number: shard.versions[number] for number in shard.epochs},
             num_free_bytes=self.num_free_bytes,
@@ -125,7 +129,7 @@ class FakePool:
             num_loaded=shard.num_loaded,
             work=ShardWork(
                 by_slot={Slot(layer, expert): SlotTraffic(rows, rows // 200) for layer, expert, rows in shard.load},
-                busy_s=0.0,
+                busy_s=shard.busy_s,
                 speed=ShardSpeed(bytes_per_s=1e9, flops_per_s=1e10),
             ),
         )
@@ -166,6 +170,20 @@ class FakeProbe:
         return process in self.dead
 
 
+class FakeNodes:
+    def __init__(self) -> None:
+        self.leaving: frozenset[str] | None = frozenset()
+        self.num_asked = 0
+        self.has_others = True
+
+    async def draining(self) -> frozenset[str] | None:
+        self.num_asked += 1
+        return self.leaving
+
+    async def are_there_others(self, node_ids: frozenset[str]) -> bool:
+        return self.has_others
+
+
 @dataclass
 class World:
     config: ServiceConfig
@@ -173,10 +191,18 @@ class World:
     pool: FakePool = field(default_factory=FakePool)
     apps: FakeApps = field(default_factory=FakeApps)
     probe: FakeProbe = field(default_factory=FakeProbe)
+    nodes: FakeNodes = field(default_factory=FakeNodes)
     now_s: float = 0.0
 
     async def controller(self) -> ControlPlane:
-        outside = Outside(store=self.store, apps=self.apps, pool=self.pool, probe=self.probe, clock=lambda: self.now_s)
+        outside = Outside(
+            store=self.store,
+            apps=self.apps,
+            pool=self.pool,
+            probe=self.probe,
+            nodes=self.nodes,
+            clock=lambda: self.now_s,
+        )
         return await ControlPlane.start(config=self.config, me=ME, num_cores=2, outside=outside)
 
     def values(self, **changes: Any) -> dict[str, Any]:

@@ -65,8 +65,10 @@ def test_where_all_is_well_nothing_is_done() -> None:
         ({A: shard(READY, 5), B: shard(SUSPECT, 5)}, ()),
         ({A: shard(READY, 5), B: shard(DEAD, rests=True)}, ()),
         ({}, (Replace(shard_id=A), Replace(shard_id=B))),
+        ({A: shard(READY, 5), B: shard(READY, 5, must_leave=True)}, (Replace(shard_id=B),)),
+        ({A: shard(READY, 5), B: shard(SUSPECT, 5, must_leave=True)}, ()),
     ],
-    ids=["dead", "never made", "suspect", "died before it served", "all"],
+    ids=["dead", "never made", "suspect", "died before it served", "all", "must leave", "may have left already"],
 )
 def test_who_is_dead_is_replaced_and_who_is_silent_is_not(
     known: Mapping[ShardId, ShardView], actions: tuple[Action, ...]
@@ -92,6 +94,39 @@ def test_what_a_survivor_has_taken_over_goes_back_when_the_replacement_is_ready(
     ready = {A: shard(READY, 5), C: shard(READY)}
     planned = decide(view(ready, router(5), placement=patched, target=target))
     assert planned == (Prepare(placement=target, is_repair=False),)
+
+
+def test_a_shard_that_must_leave_serves_until_the_one_in_its_place_is_ready_and_is_removed_after_it() -> None:
+    target = placed(a=[ONE, TWO], c=[THREE, FOUR])
+    leaving = {A: shard(READY, 5, room=9), B: shard(READY, 5, must_leave=True), C: shard(STARTING)}
+    assert decide(view(leaving, router(5), target=target)) == ()
+    come = view(leaving | {C: shard(READY)}, router(5), target=target)
+    assert decide(come) == (Prepare(placement=target, is_repair=False),)
+    gone_over = {A: shard(READY, 6), B: shard(READY, must_leave=True), C: shard(READY, 6)}
+    assert decide(view(gone_over, router(6), number=6, placement=target, target=target)) == (Remove(shard_id=B),)
+
+
+def test_where_the_one_in_its_place_takes_long_others_with_room_take_over_what_a_leaving_shard_holds() -> None:
+    target = placed(a=[ONE, TWO], c=[THREE, FOUR])
+    pressed = shard(READY, 5, room=9, pool="old", must_leave=True, is_pressed=True)
+    shards = {A: shard(READY, 5, room=2), B: pressed, C: shard(STARTING)}
+    taken = placed(a=[ONE, TWO, THREE, FOUR])
+    assert decide(view(shards, router(5), target=target)) == (Prepare(placement=taken, is_repair=False),)
+    cramped = view(shards | {A: shard(READY, 5, room=1)}, router(5), target=target)
+    found = next_placement(cramped)
+    assert found == placed(a=[ONE, TWO, THREE], b=[FOUR]), "as much as fits; the rest stays"
+    full = view(shards | {A: shard(READY, 5)}, router(5), target=target)
+    assert decide(full) == ()
+
+
+def test_what_a_lost_shard_held_goes_to_one_that_must_leave_only_where_there_is_no_other() -> None:
+    in_force, target = placed(a=[ONE], b=[TWO, THREE], x=[FOUR]), placed(a=[ONE], b=[TWO, THREE], c=[FOUR])
+    leaving = shard(READY, 5, room=9, pool="old", must_leave=True)
+    shards = {A: leaving, B: shard(READY, 5, room=1, pool="new"), C: shard(STARTING)}
+    found = next_placement(view(shards, placement=in_force, target=target))
+    assert found == placed(a=[ONE], b=[TWO, THREE, FOUR])
+    shards[B] = shard(READY, 5, pool="new")
+    assert next_placement(view(shards, placement=in_force, target=target)) == placed(a=[ONE, FOUR], b=[TWO, THREE])
 
 
 def test_a_slot_with_a_living_copy_needs_no_home() -> None:

@@ -129,6 +129,7 @@ def test_the_view_keeps_members_slots_and_load() -> None:
             "gateways": [member],
             "routers": [],
             "shards": [{**member, "slots": [[1, 0], [3, 2]]}],
+            "shard_growth": {"state": "waits", "least": 1, "most": 2, "busy": None, "why": "because"},
             "load": [[1, 0, 9]],
             "weights_version": 3,
             "model": "/m",
@@ -139,4 +140,5 @@ def test_the_view_keeps_members_slots_and_load() -> None:
     assert not view.HasField("update")
     assert view.shards[0].member.id == "m"
     assert [(slot.layer, slot.expert) for slot in view.shards[0].slots] == [(1, 0), (3, 2)]
+    assert (view.shard_growth.most, view.shard_growth.HasField("busy")) == (2, False)
     assert (view.load[0].layer, view.load[0].expert, view.load[0].tokens) == (1, 0, 9)

@@ -2,6 +2,7 @@
 
 import os
 
+from cluster.control.growth import Growth, GrowthState
 from cluster.control.load_ledger import LoadLedger
 from cluster.control.membership import Member, MemberId, MemberKind, MemberState
 from cluster.metrics import definitions as metrics
@@ -72,7 +73,10 @@ def test_the_controller_counts_members_of_every_kind_and_state() -> None:
         Member(member_id=MemberId(str(number)), kind=MemberKind.ROUTER, pid=1, node_id="n", state=state)
         for number, state in enumerate((MemberState.READY, MemberState.READY, MemberState.DEAD))
     ]
-    snapshot = controller_snapshot(epoch=3, members=members, imbalance={5: 0.25}, resident_bytes=7)
+    growth = Growth(state=GrowthState.TOO_BUSY, least=1, most=2, busy=0.75)
+    snapshot = controller_snapshot(epoch=3, members=members, imbalance={5: 0.25}, growth=growth, resident_bytes=7)
+    assert [value(snapshot, metrics.SHARD_GROWTH, state) for state in ("too_busy", "steady")] == [1, 0]
+    assert value(snapshot, metrics.SHARD_BUSY_FRACTION) == 0.75
     assert value(snapshot, metrics.EPOCH) == 3
     assert value(snapshot, metrics.MEMBERS, "router", "ready") == 2
     assert value(snapshot, metrics.MEMBERS, "router", "dead") == 1

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster.front import serve_routers
 from cluster.front.errors import ServiceError, StatusCode
+from cluster.front.prefix_index import prefix_keys
 from cluster.front.relay import CallEnd, QueueFullError, RouterLostError
-from cluster.front.router_choice import RouterChoice
 from cluster.front.serve_routers import ServeRouters
 from router.messages import Finished, FinishReason, GenerateRequest, encode
 from router.sampling_params import SamplingParams
@@ -38,13 +37,14 @@ class FakeHandle:
     def __init__(self, answer: Callable[[], Awaitable[bytes]]) -> None:
         self.response = FakeResponse(answer)
         self.shunned: list[str] = []
+        self.prefix = b""
 
     @property
     def generate(self) -> "FakeHandle":
         return self
 
-    def remote(self, request: bytes, *, weights_version: int, shun: list[str]) -> FakeResponse:
-        self.shunned = shun
+    def remote(self, request: bytes, *, weights_version: int, shun: list[str], prefix: bytes) -> FakeResponse:
+        self.shunned, self.prefix = shun, prefix
         return self.response
 
 
@@ -152,18 +152,45 @@ def test_a_router_whose_engine_is_silent_is_shunned_for_a_while(monkeypatch: pyt
     run(scenario())
 
 
-@pytest.mark.parametrize(
-    ("shun", "eligible"), [([], {"a", "b", "c"}), (["b"], {"a", "c"}), (["a", "b", "c"], {"a", "b", "c"})]
-)
-def test_shunned_routers_are_chosen_only_where_there_are_no_others(shun: list[str], eligible: set[str]) -> None:
-    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "abc"]
-    pending = SimpleNamespace(kwargs={"shun": shun}, routing_context=SimpleNamespace(should_backoff=False))
+def test_routers_on_nodes_that_are_to_go_are_shunned() -> None:
+    async def answer() -> bytes:
+        return encode(Finished(request_id="r", attempt=0, finish_reason=FinishReason.STOP))
 
-    async def chosen() -> list[str]:
-        [pair] = await RouterChoice.choose_replicas(object(), replicas, pending)  # type: ignore[arg-type]
-        return [replica.replica_id.unique_id for replica in pair]
+    handle = FakeHandle(answer)
+    asking = ServeRouters(handle, num_ready=lambda: 1, absence_timeout_s=0.05, draining_nodes=lambda: ["node-1"])
+    run(asking.generate(REQUEST))
+    assert handle.shunned == ["node-1"]
 
-    pairs = [run(chosen()) for _ in range(60)]
-    assert all(len(set(pair)) == 2 for pair in pairs)
-    assert set().union(*pairs) == eligible
-    assert pending.routing_context.should_backoff, "Serve would ask again without a pause"
+
+def prefix_sent(request: GenerateRequest, *, num_routers: int = 2, block_size: int | None = 4) -> bytes:
+    async def answer() -> bytes:
+        return encode(Finished(request_id="r", attempt=0, finish_reason=FinishReason.STOP))
+
+    handle = FakeHandle(answer)
+    asking = ServeRouters(handle, num_ready=lambda: num_routers, absence_timeout_s=0.05, prefix_block_size=block_size)
+    run(asking.generate(request))
+    return handle.prefix
+
+
+def test_a_request_goes_with_the_keys_of_its_prompt_and_of_what_it_resumes() -> None:
+    keys = prefix_keys(range(12), block_size=4, weights_version=3, cache_salt="mine")
+    resumed = GenerateRequest(
+        request_id="r",
+        prompt_ids=[0, 1, 2],
+        resume_ids=[*range(3, 12)],
+        params=SamplingParams(),
+        cache_salt="mine",
+        weights_version=3,
+    )
+    assert prefix_sent(resumed) == keys != b""
+
+
+def test_no_keys_are_computed_where_they_decide_nothing() -> None:
+    request = GenerateRequest(request_id="r", prompt_ids=[*range(12)], params=SamplingParams())
+    assert prefix_sent(request, num_routers=1) == b""
+    assert prefix_sent(request, block_size=None) == b""
+    with_logprobs = GenerateRequest(
+        request_id="r", prompt_ids=[*range(12)], params=SamplingParams(num_prompt_logprobs=1)
+    )
+    assert prefix_sent(with_logprobs) == b""
+    assert prefix_sent(request) != b""

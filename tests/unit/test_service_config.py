@@ -35,6 +35,16 @@ def test_more_copies_than_shards_are_refused() -> None:
         parse_config({"model": "m", "shards": 2, "copies": 3})
 
 
+@pytest.mark.parametrize(
+    ("shards", "max_shards", "message"), [(3, 2, "max_shards .* not 2"), (0, 2, "^shards .* not 0")]
+)
+def test_bounds_of_the_shards_that_contradict_each_other_are_refused(
+    shards: int, max_shards: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"model": "m", "shards": shards, "max_shards": max_shards})
+
+
 def test_one_copy_is_fine_without_shards() -> None:
     assert parse_config({"model": "m", "shards": 0}).copies == 1
 
