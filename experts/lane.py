@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import logging
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
-from experts.destinations import LayerDestinations, ShardOrder, choose_shards
+from experts.destinations import LayerDestinations, ShardOrder
 from experts.dispatch import Combined, Handle
 from experts.epoch import Epoch, ShardAddress
-from experts.lane_request import LaneHandle, LaneRequest, host_rows, request_for_spans, requests_by_shard
+from experts.lane_request import LaneHandle, LaneRequest, request_for_spans, requests_by_shard
+from experts.lane_routes import LaneRoutes
 from experts.message import PAIR_BYTES, Identity, encode_request_header
+from experts.native.lane_kernels import lane_kernels
 from experts.peer import Patience, Peer
-from experts.placement import ShardId, Slot
-from experts.routed_rows import scale_copies
-from experts.row_plan import plan_rows
+from experts.placement import ShardId
+from experts.row_sort import RowSorter
 from experts.transport.base import Connector, Link, LinkError
 from experts.transport.select import connect_auto
-from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wait_policy
+from experts.transport.waiting import NEWS, READ, WRITE, WaitPolicy, make_poller
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,12 @@ class LaneDispatcher:
         self._secret = secret
         self._connect = connect
         self._patience = Patience(timeout_s=timeout_s, silence_s=silence_s)
-        self._copy_offset = zlib.crc32(lane_id.encode())
         self._step: int | None = None
         self._dispatches_of_layer: dict[int, int] = {}
-        self._shard_ids = tuple(epoch.placement.slots_by_shard)
         self._peers: dict[ShardId, Peer] = {}
-        # By layer, filled as layers are asked for; void once a shard is lost or another epoch is adopted.
-        self._destinations: dict[int, LayerDestinations] = {}
-        self._poller = Poller(wait or wait_policy())
+        self._routes = LaneRoutes(epoch, self._peers, lane_id=lane_id)
+        self._poller = make_poller(wait)
+        self._sorter = RowSorter(lane_kernels())
         for shard_id in self.lacks(epoch):
             self._open(shard_id)
 
@@ -96,15 +94,13 @@ class LaneDispatcher:
     ) -> Handle:
         if self._step is None:
             raise ValueError("begin_step must name the step before the first dispatch")
-        destinations = self._destinations_of(layer)
-        scaled_CD = scale_copies(x_TD, topk_ids_TK, topk_scores_TK)
-        self._check(scaled_CD)
+        destinations = self._routes.of_layer(layer)
+        self._routes.check(topk_ids_TK.numel(), x_TD)
         try:
             order = destinations.order(topk_ids_TK)
-            plan = plan_rows(topk_ids_TK, order)
+            plan, rows_RB = self._sorter.sort(x_TD, topk_ids_TK, topk_scores_TK, order)
         except IndexError:
-            raise self._not_placed(layer, int(topk_ids_TK.max())) from None
-        rows_RB = host_rows(scaled_CD, plan)
+            raise self._routes.not_placed(layer, int(topk_ids_TK.max())) from None
         micro_batch = self._dispatches_of_layer.get(layer, 0)
         self._dispatches_of_layer[layer] = micro_batch + 1
         handle = LaneHandle(layer, self._step, micro_batch, x_TD, plan, rows_RB, np.empty_like(rows_RB))
@@ -118,7 +114,7 @@ class LaneDispatcher:
         if handle.abandoned:
             raise ValueError(f"handle of step {handle.step}, layer {handle.layer}: step {self._step} has begun")
         self._pump(lambda: handle.num_pending > 0)
-        return handle.finish()
+        return handle.finish(self._sorter)
 
     def close(self) -> None:
         for peer in self._peers.values():
@@ -154,8 +150,7 @@ class LaneDispatcher:
             if shard_id not in stays or shard_id in opened:
                 self._drop_link(shard_id)
         self._epoch = epoch
-        self._shard_ids = tuple(epoch.placement.slots_by_shard)
-        self._destinations.clear()
+        self._routes = LaneRoutes(epoch, self._peers, lane_id=self._lane_id)
         for shard_id, link in opened.items():
             if shard_id in stays:
                 self._take_link(shard_id, link)
@@ -179,7 +174,7 @@ class LaneDispatcher:
     def _drop_link(self, shard_id: ShardId) -> list[LaneRequest]:
         """Closes the link and returns the requests that were under way on it."""
         peer = self._peers.pop(shard_id)
-        self._destinations.clear()
+        self._routes.forget()
         self._poller.remove(peer.link)
         peer.link.close()
         owed, peer.requests = peer.requests, []
@@ -192,35 +187,6 @@ class LaneDispatcher:
                 peer.link.abandon(request)
             peer.requests.clear()
 
-    def _destinations_of(self, layer: int) -> LayerDestinations:
-        known = self._destinations.get(layer)
-        if known is None:
-            slots = [slot for slot in self._epoch.placement.slots if slot.layer == layer]
-            copies = {slot.expert: self._live_copies(slot) for slot in slots}
-            known = LayerDestinations(copies, self._shard_ids, offset=self._copy_offset)
-            self._destinations[layer] = known
-        return known
-
-    def _live_copies(self, slot: Slot) -> list[ShardId]:
-        return [shard_id for shard_id in self._epoch.placement.shards_of(slot) if shard_id in self._peers]
-
-    def _not_placed(self, layer: int, expert: int) -> ValueError:
-        return ValueError(f"expert {expert} of layer {layer} is not placed in epoch {self._epoch.number}")
-
-    def _check(self, x_RD: torch.Tensor) -> None:
-        """Raises ValueError for rows that the shards would not take."""
-        num_rows, hidden_size = x_RD.shape
-        dtype = x_RD.dtype
-        for peer in self._peers.values():
-            terms = peer.link.terms
-            if terms.hidden_size != hidden_size or peer.dtype is not dtype:
-                raise ValueError(
-                    f"rows are {hidden_size} x {str(dtype).removeprefix('torch.')}, "
-                    f"the shards have {terms.hidden_size} x {terms.dtype}"
-                )
-            if num_rows > terms.max_rows:
-                raise ValueError(f"{num_rows} rows at once, the shards take at most {terms.max_rows}")
-
     def _send(self, handle: LaneHandle, order: ShardOrder, destinations: LayerDestinations) -> None:
         """Sends all rows, to each shard its run; those of which no copy lives are missing.
 
@@ -228,20 +194,18 @@ class LaneDispatcher:
         """
         requests = requests_by_shard(handle, order.shards)
         if requests and requests[-1][0] == destinations.unplaced:
-            raise self._not_placed(handle.layer, handle.plan.spans[-1].expert)
+            raise self._routes.not_placed(handle.layer, handle.plan.spans[-1].expert)
         attempt = handle.next_attempt()
         for shard, request in requests:
             if shard == destinations.missing:
                 handle.missing.extend([handle.plan.spans[number] for number in request.span_numbers])
             else:
-                self._submit(self._shard_ids[shard], request, attempt)
+                self._submit(self._routes.shard_ids[shard], request, attempt)
 
     def _send_again(self, handle: LaneHandle, span_numbers: Sequence[int]) -> None:
         """Sends spans that a lost shard owed to other copies, under the handle's next attempt."""
         spans = handle.plan.spans
-        experts = [spans[number].expert for number in span_numbers]
-        copies = {expert: self._live_copies(Slot(handle.layer, expert)) for expert in experts}
-        chosen = choose_shards(copies, offset=self._copy_offset)
+        chosen = self._routes.choose(handle.layer, [spans[number].expert for number in span_numbers])
         attempt = handle.next_attempt()
         by_shard: dict[ShardId, list[int]] = {}
         for number in span_numbers:
@@ -331,7 +295,9 @@ class LaneDispatcher:
                     self._lose(peer, phase=peer.phase, why=why)
 
     def _watch(self, peer: Peer) -> None:
-        self._poller.change(peer.link, READ | WRITE if peer.link.wants_to_write else READ)
+        if peer.link.wants_to_write is not peer.is_writing:
+            peer.is_writing = not peer.is_writing
+            self._poller.change(peer.link, READ | WRITE if peer.is_writing else READ)
 
     def _lose(self, peer: Peer, *, phase: str, why: str) -> None:
         """Masks the shard, keeps the reason, and sends what it owed elsewhere. Idempotent."""

@@ -8,17 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from experts.dispatch import Combined, Handle
 from experts.message import encode_rows_per_expert
-from experts.routed_rows import combine_rows
 from experts.row_plan import ExpertSpan, RowPlan
+from experts.row_sort import Bytes, RowSorter
 from experts.transport.base import LinkRequest
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(slots=True, eq=False)
@@ -50,19 +46,14 @@ class LaneHandle(Handle):
         self.num_attempts += 1
         return self.num_attempts - 1
 
-    def finish(self) -> Combined:
+    def finish(self, sorter: RowSorter) -> Combined:
         """The result, once every row was answered or given up."""
-        plan, dtype, device = self.plan, self.like_TD.dtype, self.like_TD.device
+        plan, device = self.plan, self.like_TD.device
         if not len(self.results_RB):
             return Combined(torch.empty_like(self.like_TD), None)
         for span in self.missing:
             self.results_RB[span.start : span.stop] = 0
-        if plan.row_of_copy_TK.shape[1] == 1:
-            y_TB = self.results_RB.take(plan.row_of_copy_TK.reshape(-1), axis=0)
-            y_TD = torch.from_numpy(y_TB).view(dtype)
-        else:
-            y_RD = torch.from_numpy(self.results_RB).view(dtype)
-            y_TD = combine_rows(y_RD, torch.from_numpy(plan.row_of_copy_TK))
+        y_TD = sorter.put_back(self.results_RB, plan, self.like_TD)
         missing_T = torch.from_numpy(plan.tokens_of(self.missing)).to(device) if self.missing else None
         return Combined(y_TD.to(device), missing_T)
 
@@ -75,12 +66,6 @@ class LaneRequest(LinkRequest):
     handle: LaneHandle = field(kw_only=True)
     span_numbers: Sequence[int] = field(kw_only=True)
     deadline: float = 0.0
-
-
-def host_rows(scaled_CD: torch.Tensor, plan: RowPlan) -> Bytes:
-    """The rows in the order of the plan, as bytes: transports send from host memory."""
-    scaled_CB: Bytes = scaled_CD.detach().cpu().view(torch.uint8).numpy()
-    return scaled_CB.take(plan.copy_of_row_R, axis=0)
 
 
 def requests_by_shard(handle: LaneHandle, shards: Sequence[int]) -> list[tuple[int, LaneRequest]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import chain
 from types import MappingProxyType
@@ -65,21 +64,20 @@ class Identity(NamedTuple):
     attempt: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
+class Header(NamedTuple):
     """num_slots experts get num_rows rows in all. reason is set in a refusal and only there."""
 
     kind: Kind
-    reason: Refusal | None = None
     identity: Identity
     num_slots: int
     num_rows: int
+    reason: Refusal | None = None
 
     def reply(self) -> Header:
-        return replace(self, kind=Kind.REPLY)
+        return self._replace(kind=Kind.REPLY)
 
     def refusal(self, reason: Refusal) -> Header:
-        return replace(self, kind=Kind.REFUSAL, reason=reason)
+        return self._replace(kind=Kind.REFUSAL, reason=reason)
 
 
 def request_header(identity: Identity, rows_per_expert: Sequence[tuple[int, int]]) -> Header:
@@ -130,13 +128,7 @@ def decode_header(encoded: bytes | bytearray | memoryview, *, max_rows: int) -> 
         raise MessageError(f"num_slots is {num_slots}, must be between 1 and num_rows ({num_rows})")
     if kind not in _KINDS:
         raise MessageError(f"kind is {kind}")
-    return Header(
-        kind=_KINDS[kind],
-        reason=_reason(kind, reason),
-        identity=Identity._make(fields[4:11]),
-        num_slots=num_slots,
-        num_rows=num_rows,
-    )
+    return Header(_KINDS[kind], Identity._make(fields[4:11]), num_slots, num_rows, _reason(kind, reason))
 
 
 def _reason(kind: int, reason: int) -> Refusal | None:
@@ -156,6 +148,8 @@ def rows_per_expert_bytes(header: Header) -> int:
 
 
 def encode_rows_per_expert(rows_per_expert: Sequence[tuple[int, int]]) -> bytes:
+    if len(rows_per_expert) == 1:
+        return _ROWS_OF_EXPERT.pack(*rows_per_expert[0])
     return struct.pack(f"<{2 * len(rows_per_expert)}I", *chain.from_iterable(rows_per_expert))
 
 

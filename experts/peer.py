@@ -36,7 +36,7 @@ class Patience:
 @dataclass(slots=True, kw_only=True, eq=False)
 class Peer:
     """Lives, as far as is known. requests: under way to it, the oldest first. progress: the link's, at the last look;
-    still_s: for how long it has been that."""
+    still_s: for how long it has been that. is_writing: whether room in its socket is waited for."""
 
     shard_id: ShardId
     link: Link
@@ -44,6 +44,7 @@ class Peer:
     requests: list[LaneRequest] = field(default_factory=list)
     progress: int = -1
     still_s: float = 0.0
+    is_writing: bool = False
 
     @property
     def phase(self) -> str:

@@ -39,15 +39,21 @@ def scale_copies(x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_scores_TK: 
     topk_scores_TK: any float dtype, cast to x's before the product. Raises ValueError when the shapes do not belong
     together.
     """
+    _num_tokens, top_k = check_shapes(x_TD, topk_ids_TK, topk_scores_TK)
+    scores_TK = topk_scores_TK if topk_scores_TK.dtype is x_TD.dtype else topk_scores_TK.to(x_TD.dtype)
+    if top_k == 1:
+        return x_TD * scores_TK
+    return (x_TD.unsqueeze(1) * scores_TK.unsqueeze(2)).flatten(0, 1)
+
+
+def check_shapes(x_TD: torch.Tensor, topk_ids_TK: torch.Tensor, topk_scores_TK: torch.Tensor) -> tuple[int, int]:
+    """T and K. Raises ValueError when the shapes do not belong together."""
     num_tokens, top_k = shape = topk_scores_TK.shape
     if topk_ids_TK.shape != shape or x_TD.shape[0] != num_tokens:
         raise ValueError(
             f"topk_ids {list(topk_ids_TK.shape)} and topk_scores {list(shape)} must both be [{x_TD.shape[0]}, K]"
         )
-    scores_TK = topk_scores_TK if topk_scores_TK.dtype is x_TD.dtype else topk_scores_TK.to(x_TD.dtype)
-    if top_k == 1:
-        return x_TD * scores_TK
-    return (x_TD.unsqueeze(1) * scores_TK.unsqueeze(2)).flatten(0, 1)
+    return num_tokens, top_k
 
 
 def combine_rows(y_RD: torch.Tensor, row_of_copy_TK: torch.Tensor) -> torch.Tensor:

@@ -22,13 +22,13 @@ from experts.epoch import ShardAddress
 from experts.message import Header, MessageError, Refusal, RowsPerExpert
 from experts.server_limits import ServerLimits, ServerStats
 from experts.shard import Shard
-from experts.tiles import ExpertTile, TileQueue
+from experts.shard_work import ShardWork
 from experts.transport.base import LaneEnd, LinkError, Listener
 from experts.transport.host_id import host_id
 from experts.transport.rules import LaneRules
 from experts.transport.shm_listener import ShmListener
 from experts.transport.tcp_listener import TcpListener
-from experts.transport.waiting import NEWS, READ, WRITE, Poller, WaitPolicy, wait_policy
+from experts.transport.waiting import NEWS, READ, WRITE, WaitPolicy, make_poller
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,22 +69,19 @@ class ShardServer:
         self._shard = shard
         self._limits = limits or ServerLimits()
         self._num_threads = num_threads
-        self._on_cpu = shard.device.type == "cpu"
         rules = self._rules(secret)
         self._tcp = TcpListener(host, port, rules)
         self._shm = ShmListener(rules) if host_id() is not None else None
-        self._poller = Poller(wait or wait_policy())
+        self._poller = make_poller(wait)
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name=f"shard-{shard.shard_id}", daemon=True)
         self._closing = _Closing.NO
         self._drain_deadline = 0.0
         # What follows belongs to the thread; others only read it.
-        self._tiles = TileQueue()
+        self._work = ShardWork(shard, after_expert=self._pulse)
         # With what is watched for at each.
         self._lanes: dict[LaneEnd, int] = {}
-        self._progress = 0
         self._pulsed_at = 0.0
-        self._busy_s = 0.0
         self._refused: Counter[str] = Counter()
         self._num_refused_requests = 0
         listeners: list[Listener] = [self._tcp] if self._shm is None else [self._tcp, self._shm]
@@ -125,8 +122,8 @@ class ShardServer:
 
     def stats(self) -> ServerStats:
         return ServerStats(
-            progress=self._progress,
-            busy_s=self._busy_s,
+            progress=self._work.progress,
+            busy_s=self._work.busy_s,
             lanes=dict(Counter([lane.transport for lane in tuple(self._lanes)])),
             refused=dict(self._refused),
             num_refused_requests=self._num_refused_requests,
@@ -174,22 +171,21 @@ class ShardServer:
         self._poller.add(self._wake_receiver, READ, lambda _events: self._wake_receiver.recv(64))
         self._doors.open()
         while not self._finished():
-            was_idle = not self._tiles
+            was_idle = not self._work
             for on_ready, events in self._poller.wait(_IDLE_S if was_idle else 0.0):
                 on_ready(events)
             for lane in self._doors.overdue():
                 self._refuse_lane(lane, "opening timed out")
             if was_idle:
                 self._pulsed_at = time.monotonic()
-            if self._tiles:
+            if self._work:
                 self._compute_tile()
-            if self._shard.has_retired:
-                self._shard.free_retired(in_use=self._tiles.slots)
+            self._work.free_retired()
 
     def _finished(self) -> bool:
         if self._closing is not _Closing.DRAINING:
             return self._closing is _Closing.STOPPING
-        idle = not self._tiles and not any(lane.sending for lane in self._lanes)
+        idle = not self._work and not any(lane.sending for lane in self._lanes)
         return idle or time.monotonic() > self._drain_deadline
 
     def _greet(self, lane: LaneEnd) -> bool:
@@ -211,9 +207,12 @@ class ShardServer:
             if events & WRITE:
                 lane.flush()
             if events & ~(WRITE | NEWS):
+                is_open = lane.lane_id is not None
                 lane.hear()
+                if not is_open and lane.lane_id is not None:
+                    self._poller.renew()
             for request in lane.receive():
-                self._tiles.add(lane, request)
+                self._work.add(lane, request)
             self._watch(lane)
         except LinkError as error:
             self._drop_lane(lane, str(error))
@@ -239,13 +238,9 @@ class ShardServer:
         return reason
 
     def _compute_tile(self) -> None:
-        started_at = time.monotonic()
-        for tile in self._tiles.take():
-            self._compute_expert(tile)
-            self._pulse()
-        self._progress += 1
-        self._busy_s += time.monotonic() - started_at
-        for lane, request in self._tiles.pop_finished():
+        for lane, request in self._work.compute_tile():
+            if lane not in self._lanes:
+                continue  # a pulse has found it broken meanwhile
             try:
                 lane.reply(request)
                 self._watch(lane)
@@ -265,19 +260,6 @@ class ShardServer:
             except LinkError as error:
                 self._drop_lane(lane, str(error))
 
-    def _compute_expert(self, tile: ExpertTile) -> None:
-        slot, parts_RD = tile
-        x_RD = parts_RD[0] if len(parts_RD) == 1 else torch.cat(parts_RD)
-        y_RD = self._shard.apply_expert(slot, x_RD if self._on_cpu else x_RD.to(self._shard.device))
-        if len(parts_RD) == 1:
-            x_RD.copy_(y_RD)
-            return
-        start = 0
-        for part_RD in parts_RD:
-            stop = start + part_RD.shape[0]
-            part_RD.copy_(y_RD[start:stop])
-            start = stop
-
     def _refuse_lane(self, lane: LaneEnd, kind: str) -> None:
         self._refused[kind] += 1
         self._drop_lane(lane, f"refused: {kind}")
@@ -288,7 +270,7 @@ class ShardServer:
             return
         del self._lanes[lane]
         _LOG.info("shard %s: lane %s ends: %s", self._shard.shard_id, lane.lane_id, reason)
-        self._tiles.drop(lane)
+        self._work.drop(lane)
         self._doors.forget(lane)
         self._poller.remove(lane)
         lane.close()

@@ -34,6 +34,7 @@ class _Waiting:
     arrival: int
     # Rows not yet handed out: expert -> (start, stop) in request.x_RD.
     spans: dict[int, tuple[int, int]]
+    is_whole: bool = True
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -47,6 +48,7 @@ class _Waiting:
 
     def cut(self, expert: int, max_rows: int) -> torch.Tensor:
         """Hands out up to max_rows of the rows left for expert; max_rows is at least 1."""
+        self.is_whole = False
         start, stop = self.spans[expert]
         end = min(stop, start + max_rows)
         if end < stop:
@@ -55,15 +57,6 @@ class _Waiting:
         else:
             del self.spans[expert]
         return self.request.x_RD[start:end]
-
-    def cut_all(self) -> list[ExpertTile]:
-        """Hands out everything that is left."""
-        weights, x_RD = self.weights, self.request.x_RD
-        tiles = [
-            ExpertTile(WeightSlot(*weights, expert), [x_RD[start:stop]]) for expert, (start, stop) in self.spans.items()
-        ]
-        self.spans.clear()
-        return tiles
 
 
 class TileQueue:
@@ -95,11 +88,19 @@ class TileQueue:
         """Forgets what a dead lane still wanted."""
         self._waiting = [waiting for waiting in self._waiting if waiting.lane is not lane]
 
+    def pop_whole(self) -> tuple[LaneEnd, RowRequest] | None:
+        """Removes and returns the request that waits, if it is the only one, untouched and no larger than a tile."""
+        if len(self._waiting) != 1:
+            return None
+        [waiting] = self._waiting
+        if not waiting.is_whole or waiting.request.header.num_rows > self._tile_rows:
+            return None
+        self._waiting.clear()
+        return waiting.lane, waiting.request
+
     def take(self) -> list[ExpertTile]:
         """The next tile: up to tile_rows rows of the leader, each expert with the rows that join. Never empty."""
         leader = self._next_leader()
-        if len(self._waiting) == 1 and leader.request.header.num_rows <= self._tile_rows:
-            return leader.cut_all()
         tiles: list[ExpertTile] = []
         budget = self._tile_rows
         while budget > 0 and leader.spans:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from experts.epoch import ShardAddress
 from experts.message import Header, Refusal, RowsPerExpert
 from experts.opening import LaneTerms
+from experts.transport.row_views import RowViews
 
 
 class LinkError(ConnectionError):
@@ -44,19 +45,30 @@ class LinkRequest:
 @dataclass(slots=True, kw_only=True, eq=False)
 class RowRequest:
     """A request that has arrived at the shard. Its rows are those of x_RD from first_row on; its results overwrite
-    them, so the reply needs no space. reply, for the transport that it came by, is the encoded header of that."""
+    them, so the reply needs no space. For the transport that it came by: reply, the encoded header of that, and
+    buffer, what the rows lie in."""
 
     header: Header
     rows_per_expert: RowsPerExpert
-    x_RD: torch.Tensor
+    x_RD: torch.Tensor | RowViews
     first_row: int = 0
     reply: bytes = b""
+    buffer: object = None
 
 
 class Pollable(Protocol):
     """What a poller waits for: a socket, and for an ``InMemory`` end also the memory beside it."""
 
     def fileno(self) -> int: ...
+
+
+class Lines(NamedTuple):
+    """Addresses of single bytes: the other end's count, this end's count of what it took, and its word that it sleeps.
+    There are news while the first two differ."""
+
+    published: int
+    taken: int
+    asleep: int
 
 
 @runtime_checkable
@@ -67,6 +79,9 @@ class InMemory(Protocol):
 
     def has_news(self) -> bool:
         """Whether the other end has published something that was not taken yet. Cheap."""
+
+    def lines(self) -> Lines | None:
+        """Where that can be seen in memory; None while it cannot. Valid until the end is closed."""
 
     def fall_asleep(self) -> None:
         """From now on the other end rings at the socket whenever it publishes."""

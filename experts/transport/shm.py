@@ -21,7 +21,7 @@ import torch
 from experts.epoch import ShardAddress
 from experts.message import HEADER_BYTES, MessageError
 from experts.opening import LaneTerms, OpeningError
-from experts.transport.base import LinkError, LinkRequest
+from experts.transport.base import Lines, LinkError, LinkRequest
 from experts.transport.exact_read import read_exactly
 from experts.transport.memory_order import memory_keeps_order
 from experts.transport.router_opening import open_lane
@@ -120,6 +120,9 @@ class ShmLink:
 
     def has_news(self) -> bool:
         return self._port.has_news()
+
+    def lines(self) -> Lines | None:
+        return self._port.lines()
 
     def fall_asleep(self) -> None:
         self._port.fall_asleep()

@@ -22,7 +22,8 @@ from experts.message import (
     reply_header,
     rows_per_expert_bytes,
 )
-from experts.transport.base import LinkError, RowRequest
+from experts.transport.base import Lines, LinkError, RowRequest
+from experts.transport.row_views import RowViews
 from experts.transport.rules import LaneRules
 from experts.transport.shm_offer import abstract, new_socket_name
 from experts.transport.shm_opening import Shared, ShmOpening
@@ -98,6 +99,9 @@ class ShmLane:
     def has_news(self) -> bool:
         return self._region is not None and self._region.port.has_news()
 
+    def lines(self) -> Lines | None:
+        return None if self._region is None else self._region.port.lines()
+
     def fall_asleep(self) -> None:
         if self._region is not None:
             self._region.port.fall_asleep()
@@ -150,7 +154,7 @@ class _LaneRegion:
         self._memory = memoryview(shared.map)
         num_values = shared.shape.num_rows * rules.hidden_size
         rows = torch.frombuffer(shared.map, dtype=rules.dtype, count=num_values, offset=ROWS)
-        self._rows_RD = rows.view(shared.shape.num_rows, rules.hidden_size)
+        self._rows_RD = RowViews(rows.view(shared.shape.num_rows, rules.hidden_size))
         self.port = Port(self._memory, sock, shared.announcing, is_router=False)
 
     def receive(self) -> list[RowRequest]:

@@ -21,10 +21,22 @@ from experts.message import (
 )
 from experts.opening import ANSWER_BYTES, NONCE_BYTES, make_challenge
 from experts.transport.base import RowRequest
+from experts.transport.row_views import RowViews
 from experts.transport.rules import LaneRules
 from experts.transport.stream import ByteStream, Parser, byte_view, discard, tune
 
 _BACKLOG = 128
+# Up to so many rows a request is small.
+_SMALL_ROWS = 64
+
+
+class _RowBuffer:
+    """Room for rows, which is used again for small messages."""
+
+    def __init__(self, num_rows: int, rules: LaneRules) -> None:
+        x_RD = torch.empty(num_rows, rules.hidden_size, dtype=rules.dtype)
+        self.rows = RowViews(x_RD)
+        self.memory = byte_view(x_RD)
 
 
 class TcpListener:
@@ -73,6 +85,7 @@ class TcpLane:
         self._lane = lane
         self._rules = rules
         self._arrived: list[RowRequest] = []
+        self._spare: _RowBuffer | None = None
         self._challenge = make_challenge(os.urandom(NONCE_BYTES))
         self._stream = ByteStream(sock, self._parse())
 
@@ -101,7 +114,11 @@ class TcpLane:
     def reply(self, request: RowRequest) -> None:
         self._num_computing -= 1
         self._num_leaving = 1 + (self._num_leaving if self.sending else 0)
-        self._stream.send([request.reply, byte_view(request.x_RD)])
+        buffer = request.buffer
+        assert isinstance(buffer, _RowBuffer)
+        self._stream.send([request.reply, buffer.memory[: request.header.num_rows * self._rules.row_bytes]])
+        if request.header.num_rows <= _SMALL_ROWS and not self.sending:
+            self._spare = buffer
 
     def flush(self) -> None:
         self._stream.flush()
@@ -138,7 +155,15 @@ class TcpLane:
             yield from discard(header.num_rows * self._rules.row_bytes)
             self._stream.send([encode_header(header.refusal(reason))])
             return
-        x_RD = torch.empty(header.num_rows, self._rules.hidden_size, dtype=self._rules.dtype)
-        yield byte_view(x_RD)
+        buffer = self._room_for(header.num_rows)
+        yield buffer.memory[: header.num_rows * self._rules.row_bytes]
         self._num_computing += 1
-        self._arrived.append(RowRequest(header=header, rows_per_expert=rows_per_expert, x_RD=x_RD, reply=reply))
+        self._arrived.append(
+            RowRequest(header=header, rows_per_expert=rows_per_expert, x_RD=buffer.rows, reply=reply, buffer=buffer)
+        )
+
+    def _room_for(self, num_rows: int) -> _RowBuffer:
+        if num_rows > _SMALL_ROWS:
+            return _RowBuffer(num_rows, self._rules)
+        buffer, self._spare = self._spare or _RowBuffer(_SMALL_ROWS, self._rules), None
+        return buffer

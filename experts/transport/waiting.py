@@ -4,8 +4,9 @@
     sleep     in the kernel, until a socket has something to say or the time is over
 
 Looking saves the two context switches and the system calls of a wake-up, and costs a core that others may need: a
-router that looks while its shards compute on the same cores only delays itself. So it is done only when it is likely
-to pay: when the wait before this one was shorter than spin_s.
+router that looks while its shards compute on the same cores only delays itself. So it is left out where it does not
+pay: after two waits in a row that were longer than spin_s for 2 waits, after three for 6, and so on up to 62. That one
+miss changes nothing matters: where each end sleeps because the other one did, neither would ever look again.
 
 Ends whose news lie in memory (shm) are asked directly. Before sleeping they must be told to ring at their socket,
 and the other end must not miss that:
@@ -24,20 +25,21 @@ from __future__ import annotations
 
 import os
 import select
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from experts.native.lane_kernels import LaneKernels, lane_kernels
 from experts.transport.base import InMemory, Pollable
-from experts.transport.memory_order import FullBarrier
+from experts.transport.watched import NEWS, NativeWatch, PlainWatch, Ready, Watch
+
+__all__ = ["NEWS", "READ", "WRITE", "Poller", "WaitPolicy", "make_poller", "wait_policy"]
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
-# News in memory; not one of epoll's bits.
-NEWS = 1 << 40
 
 # Chosen on two cores, see experts/README.md.
-_SPIN_S = 100e-6
+_SPIN_S = 300e-6
+# After so many misses in a row one wait of 63 is begun by looking.
+_MAX_MISSES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +60,6 @@ def wait_policy(spin_us: int | None = None) -> WaitPolicy:
     return WaitPolicy(spin_s=_SPIN_S if len(os.sched_getaffinity(0)) > 1 else 0.0)
 
 
-Ready = Callable[[int], object]
-
-
 @dataclass(slots=True, eq=False)
 class _Watched:
     end: Pollable
@@ -71,17 +70,22 @@ class _Watched:
 class Poller:
     """Waits for any of many ends; belongs to one thread."""
 
-    def __init__(self, policy: WaitPolicy) -> None:
+    def __init__(self, policy: WaitPolicy, kernels: LaneKernels | None = None) -> None:
+        """kernels: None for the plain form; ``make_poller`` chooses."""
         self._spin_s = policy.spin_s
-        self._last_wait_s = 0.0
+        self._kernels = kernels
+        # Waits in a row for which looking was too short, and how many are left to go without.
+        self._num_misses = 0
+        self._num_to_skip = 0
         self._epoll = select.epoll()
         self._watched: dict[int, _Watched] = {}
-        self._in_memory: list[tuple[InMemory, Ready]] = []
-        self._barrier = FullBarrier()
+        self._on_socket: dict[int, Ready] = {}
+        self._watch = self._new_watch()
 
     def add(self, end: Pollable, events: int, on_ready: Ready) -> None:
         """on_ready is what ``wait`` returns for it. events: see ``change``."""
         self._watched[end.fileno()] = _Watched(end, 0, on_ready)
+        self._on_socket[end.fileno()] = on_ready
         self.change(end, events)
 
     def change(self, end: Pollable, events: int) -> None:
@@ -96,58 +100,56 @@ class Poller:
         else:
             self._epoll.modify(end, events)
         watched.events = events
-        self._in_memory = [
-            (watched.end, watched.on_ready)
-            for watched in self._watched.values()
-            if watched.events & READ and isinstance(watched.end, InMemory)
-        ]
+        self.renew()
+
+    def renew(self) -> None:
+        """To be called also when an end has come to have its news in memory."""
+        self._watch = self._new_watch()
 
     def remove(self, end: Pollable) -> None:
         """Call it before the end is closed. Does nothing for one that is not there."""
         if end.fileno() in self._watched:
             self.change(end, 0)
-            del self._watched[end.fileno()]
+            del self._watched[end.fileno()], self._on_socket[end.fileno()]
 
     def wait(self, timeout_s: float) -> list[tuple[Ready, int]]:
-        """Who has something, and of what kind; an end may come twice. Empty when the time was over before.
+        """Who has something, and of what kind; an end may come twice. Empty when the time was over before, or a
+        signal came.
 
         Whoever acts on it must expect that an earlier one of the list has removed a later one.
         """
-        ready = self._look(0)
-        if ready or timeout_s <= 0:
-            return ready
-        started_at = time.monotonic()
-        if self._last_wait_s <= self._spin_s:
-            ready = self._spin(started_at + min(timeout_s, self._spin_s))
-        if not ready:
-            ready = self._sleep(started_at + timeout_s)
-        self._last_wait_s = time.monotonic() - started_at
+        skips = self._num_to_skip > 0
+        ready, waited_s = self._watch.wait(0.0 if skips else self._spin_s, timeout_s)
+        if waited_s:
+            self._learn(waited_s)
         return ready
+
+    def _learn(self, waited_s: float) -> None:
+        if waited_s <= self._spin_s:
+            self._num_misses = self._num_to_skip = 0
+        elif self._num_to_skip:
+            self._num_to_skip -= 1
+        else:
+            self._num_misses = min(self._num_misses + 1, _MAX_MISSES)
+            self._num_to_skip = (1 << self._num_misses) - 2
 
     def close(self) -> None:
         self._watched.clear()
-        self._in_memory.clear()
+        self._on_socket.clear()
+        self._watch = PlainWatch(self._epoll, {}, [])
         self._epoll.close()
 
-    def _look(self, timeout_s: float) -> list[tuple[Ready, int]]:
-        ready = [(on_ready, NEWS) for end, on_ready in self._in_memory if end.has_news()]
-        for fd, events in self._epoll.poll(0 if ready else timeout_s):
-            ready.append((self._watched[fd].on_ready, events))
-        return ready
+    def _new_watch(self) -> Watch:
+        in_memory = [
+            (watched.end, watched.on_ready)
+            for watched in self._watched.values()
+            if watched.events & READ and isinstance(watched.end, InMemory)
+        ]
+        if self._kernels is None:
+            return PlainWatch(self._epoll, self._on_socket, in_memory)
+        return NativeWatch(self._kernels, self._epoll, self._on_socket, in_memory)
 
-    def _spin(self, until: float) -> list[tuple[Ready, int]]:
-        while time.monotonic() < until:
-            os.sched_yield()
-            ready = self._look(0)
-            if ready:
-                return ready
-        return []
 
-    def _sleep(self, until: float) -> list[tuple[Ready, int]]:
-        for end, _on_ready in self._in_memory:
-            end.fall_asleep()
-        self._barrier()
-        ready = self._look(max(0.0, until - time.monotonic()))
-        for end, _on_ready in self._in_memory:
-            end.wake_up()
-        return ready
+def make_poller(policy: WaitPolicy | None) -> Poller:
+    """policy: None is what suits the host. Waits with compiled kernels where there are some."""
+    return Poller(policy or wait_policy(), lane_kernels())

@@ -290,7 +290,7 @@ def test_a_shard_that_does_not_know_the_secret_gets_no_rows() -> None:
 def test_an_answer_to_another_attempt_is_dropped_and_the_right_one_taken() -> None:
     def act(sock: socket.socket) -> None:
         header, rows = read_request(sock, HIDDEN * 4)
-        stale = replace(header.reply(), identity=header.identity._replace(attempt=9))
+        stale = header.reply()._replace(identity=header.identity._replace(attempt=9))
         sock.sendall(message.encode_header(stale) + bytes(len(rows)))
         sock.sendall(message.encode_header(header.reply()) + rows)
 
@@ -304,7 +304,7 @@ def test_an_answer_to_another_attempt_is_dropped_and_the_right_one_taken() -> No
 
 def _wrong_number_of_rows(sock: socket.socket) -> None:
     header, rows = read_request(sock, HIDDEN * 4)
-    sock.sendall(message.encode_header(replace(header.reply(), num_rows=header.num_rows - 1)) + rows)
+    sock.sendall(message.encode_header(header.reply()._replace(num_rows=header.num_rows - 1)) + rows)
     is_closed_by_peer(sock)
 
 

@@ -10,7 +10,6 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -113,7 +112,7 @@ def test_who_knocks_and_says_nothing_is_sent_away(fleet: Fleet, server: ShardSer
 def _with(**changed: object) -> Callable[[int], bytes]:
     def make(lane_number: int) -> bytes:
         header, encoded = request(lane_number, [(0, 2), (3, 1)])
-        return message.encode_header(replace(header, **changed)) + encoded[message.HEADER_BYTES :]
+        return message.encode_header(header._replace(**changed)) + encoded[message.HEADER_BYTES :]
 
     return make
 

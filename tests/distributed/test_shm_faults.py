@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,7 +154,7 @@ def test_no_wake_up_is_lost_between_ends_that_sleep_at_every_turn(transport: str
 def test_an_answer_to_another_attempt_is_dropped_and_the_right_one_taken() -> None:
     def act(end: RawShard) -> None:
         header, _at, _rows = end.read_request()
-        stale = replace(header.reply(), identity=header.identity._replace(attempt=9))
+        stale = header.reply()._replace(identity=header.identity._replace(attempt=9))
         end.answer(message.encode_header(stale))
         end.answer(message.encode_header(header.reply()))
         assert is_closed_by_peer(end.sock)
@@ -169,7 +168,7 @@ def test_an_answer_to_another_attempt_is_dropped_and_the_right_one_taken() -> No
 
 def _wrong_number_of_rows(end: RawShard) -> None:
     header, _at, _rows = end.read_request()
-    end.answer(message.encode_header(replace(header.reply(), num_rows=header.num_rows - 1)))
+    end.answer(message.encode_header(header.reply()._replace(num_rows=header.num_rows - 1)))
     assert is_closed_by_peer(end.sock)
 
 

@@ -9,7 +9,6 @@ import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,7 +228,7 @@ def test_memory_that_comes_with_the_answer_is_refused_and_closed(server: ShardSe
 
 
 def _with(**changed: object) -> Callable[[int], bytes]:
-    return lambda lane: message.encode_header(replace(request(lane, [(0, 2), (3, 1)]), **changed))
+    return lambda lane: message.encode_header(request(lane, [(0, 2), (3, 1)])._replace(**changed))
 
 
 def _request(*rows_per_expert: tuple[int, int]) -> Callable[[int], bytes]:
@@ -306,7 +305,7 @@ def test_a_header_that_changes_while_it_is_read_harms_nobody(
         while not stop.is_set():
             router = open_shm_lane(unix_name, secret=SECRET, shard_id="shard-0", max_rows=MAX_ROWS, row_bytes=ROW_BYTES)
             good = message.encode_header(request(router.lane, [(0, 2)]))
-            bad = message.encode_header(replace(request(router.lane, [(0, 2)]), num_rows=2**31))
+            bad = message.encode_header(request(router.lane, [(0, 2)])._replace(num_rows=2**31))
             router.write_rows(message.encode_rows_per_expert([(0, 2)]))
             for number in range(400):
                 router.write_entry(good if number % 2 else bad)

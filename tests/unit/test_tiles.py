@@ -113,3 +113,20 @@ def test_every_row_is_handed_out_once_and_to_its_own_expert(
 
 def _mark(slot: Slot) -> float:
     return slot.layer * 100.0 + slot.expert + 1
+
+
+def test_a_request_is_popped_whole_only_if_it_is_alone_untouched_and_no_larger_than_a_tile() -> None:
+    alone = filled(4, request(1, {0: 3, 2: 1}))
+    popped = alone.pop_whole()
+    assert popped is not None
+    assert popped[1].rows_per_expert == ((0, 3), (2, 1))
+    assert not alone
+    assert filled(4).pop_whole() is None
+    assert filled(4, request(1, {0: 5})).pop_whole() is None
+    assert filled(4, request(1, {0: 1}), request(3, {0: 1})).pop_whole() is None
+    begun = filled(2, request(1, {0: 1}), request(1, {0: 1, 2: 1}))
+    # The first leads, the second's row for the same expert joins.
+    assert shape(begun.take()) == [(1, 0, [1, 1])]
+    assert len(begun.pop_finished()) == 1
+    assert begun.pop_whole() is None
+    assert shape(begun.take()) == [(1, 2, [1])]
