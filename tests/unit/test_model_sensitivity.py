@@ -20,7 +20,7 @@ from router.attention import AttentionLayer, PositionFactors
 from router.config import ModelConfig, RopeConfig
 from router.gating import Gate, Gating
 from router.kv_cache import KvGroup
-from router.moe import MoeLayer
+from router.moe import MoeLayer, RowsAway
 from router.norm import rms_normalize
 from router.rope import Rotation
 
@@ -105,8 +105,9 @@ def softmax_gate(patch: Patch) -> None:
 
 def swapped_gate_and_up(tiny: TinyModel, patch: Patch) -> PagedRunner:
     runner = make_runner(tiny)
-    for mlp in runner.dispatcher._shard._slots.values():  # type: ignore[attr-defined]
-        mlp.gate, mlp.up = mlp.up, mlp.gate
+    slots = runner.dispatcher._shard._slots  # type: ignore[attr-defined]
+    for slot, mlp in slots.items():
+        slots[slot] = Mlp(gate=mlp.up, up=mlp.gate, down=mlp.down)
     return runner
 
 
@@ -148,25 +149,23 @@ def temperature_on_local_layers(patch: Patch) -> None:
 def no_shared_expert(patch: Patch) -> None:
     def routed_only(
         self: MoeLayer, x_TD: torch.Tensor, dispatcher: Dispatcher, *, residual_TD: torch.Tensor
-    ) -> Combined:
-        gate = self._gate(x_TD)
-        routed = dispatcher.combine(dispatcher.dispatch(self._layer, x_TD, *gate))
-        return Combined(residual_TD + routed.y_TD, routed.missing_T)
+    ) -> RowsAway:
+        return RowsAway(dispatcher.dispatch(self._layer, x_TD, *self._gate(x_TD)), residual_TD)
 
-    patch.setattr(MoeLayer, "__call__", routed_only)
+    patch.setattr(MoeLayer, "send", routed_only)
 
 
 def scaled_shared_expert_input(patch: Patch) -> None:
-    right = MoeLayer.__call__
+    right = MoeLayer.send
 
-    def scaled(self: MoeLayer, x_TD: torch.Tensor, dispatcher: Dispatcher, *, residual_TD: torch.Tensor) -> Combined:
+    def scaled(self: MoeLayer, x_TD: torch.Tensor, dispatcher: Dispatcher, *, residual_TD: torch.Tensor) -> RowsAway:
         scores_T1 = self._gate(x_TD).topk_scores_TK
         with Patch.context() as inner:
             shared: Mlp = self._shared_expert
             inner.setattr(self, "_shared_expert", lambda x, **rest: shared(x * scores_T1, **rest))
             return right(self, x_TD, dispatcher, residual_TD=residual_TD)
 
-    patch.setattr(MoeLayer, "__call__", scaled)
+    patch.setattr(MoeLayer, "send", scaled)
 
 
 MUTATIONS: dict[str, Callable[[TinyModel, Patch], PagedRunner]] = {
