@@ -81,7 +81,8 @@ def test_status_finds_the_service_and_answers_within_a_second(service: ServeProc
         elapsed_s.append(time.perf_counter() - started_s)
     assert result.returncode == 0, result.stderr
     view = json.loads(result.stdout)
-    assert set(view) == {"epoch", "controller", "gateways", "routers", "shards", "load"}
+    members_and_load = {"epoch", "controller", "gateways", "routers", "shards", "load"}
+    assert set(view) == members_and_load | {"shard_growth", "weights_version", "model", "update"}
     assert view["epoch"] == 1
     assert [len(view[kind]) for kind in ("gateways", "routers", "shards")] == [1, 1, 2]
     members = [view["controller"], *view["gateways"], *view["routers"], *view["shards"]]
