@@ -51,8 +51,8 @@ pytest: venv
 ifdef PYTEST_ARGS
 	$(BIN)/pytest $(PYTEST_ARGS)
 else
-	$(BIN)/pytest $(IN_TWO_PROCESSES) tests/unit
-	$(BIN)/pytest $(IN_TWO_PROCESSES) tests/e2e tests/distributed
+	$(BIN)/pytest $(IN_TWO_PROCESSES) tests/distributed tests/unit
+	$(BIN)/pytest tests/e2e
 endif
 
 lint: venv proto-check
