@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from cluster.commands.scale import PASSING, POLL_S
+from cluster.commands.scale import POLL_S, unless_passing
 from cluster.commands.status import TIMEOUT_S, add_address_argument, aligned, call_admin, find_service
 from cluster.v1 import admin_pb2
 
@@ -59,7 +59,7 @@ def _wait(address: str, token: str, rebalance_id: str, timeout_s: float) -> int:
     """Tells on stderr how it ends: what is printed is the plan."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        found = _progress(address, token, rebalance_id)
+        found = unless_passing(lambda: _progress(address, token, rebalance_id))
         if found is not None and found.state != "moving":
             print(f"arriero rebalance: {outcome_to_text(found)}", file=sys.stderr)
             return 0 if found.state == "done" else 1
@@ -68,21 +68,19 @@ def _wait(address: str, token: str, rebalance_id: str, timeout_s: float) -> int:
     return 1
 
 
-def _progress(address: str, token: str, rebalance_id: str) -> admin_pb2.GetRebalanceResponse | None:
-    """None while nobody answers: the controller may be on its way back. Raises grpc.RpcError for anything else."""
+def _progress(address: str, token: str, rebalance_id: str) -> admin_pb2.GetRebalanceResponse:
+    """Raises grpc.RpcError, within TIMEOUT_S."""
     request = admin_pb2.GetRebalanceRequest(rebalance_id=rebalance_id)
     try:
         found: admin_pb2.GetRebalanceResponse = call_admin(
             address, token, lambda admin: admin.GetRebalance, request, timeout_s=TIMEOUT_S
         )
     except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.NOT_FOUND:
-            # Another controller has come, which gives up what was only prepared.
-            reason = "the controller that had begun it has gone"
-            return admin_pb2.GetRebalanceResponse(rebalance_id=rebalance_id, state="given_up", reason=reason)
-        if error.code() not in PASSING:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
             raise
-        return None
+        # Another controller has come, which gives up what was only prepared.
+        reason = "the controller that had begun it has gone"
+        return admin_pb2.GetRebalanceResponse(rebalance_id=rebalance_id, state="given_up", reason=reason)
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import grpc
 
@@ -13,6 +15,8 @@ from cluster.v1 import admin_pb2
 
 POLL_S = 0.5
 PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+Answer = TypeVar("Answer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _wait(address: str, token: str, wanted: set[str], timeout_s: float) -> int:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        view = _view(address, token)
+        view = unless_passing(lambda: get_view(address, token))
         if view is not None and is_done(view, wanted):
             print(f"{len(wanted)} shards serve epoch {view.epoch}")
             return 0
@@ -52,10 +56,10 @@ def _wait(address: str, token: str, wanted: set[str], timeout_s: float) -> int:
     return 0
 
 
-def _view(address: str, token: str) -> admin_pb2.GetViewResponse | None:
+def unless_passing(ask: Callable[[], Answer]) -> Answer | None:
     """None while nobody answers: the controller may be on its way back. Raises grpc.RpcError for anything else."""
     try:
-        return get_view(address, token)
+        return ask()
     except grpc.RpcError as error:
         if error.code() not in PASSING:
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 
-from cluster.commands.scale import PASSING, POLL_S
+from cluster.commands.scale import POLL_S, unless_passing
 from cluster.commands.status import (
     TIMEOUT_S,
     add_address_argument,
@@ -80,7 +80,7 @@ def _wait(address: str, token: str, update_id: str, timeout_s: float) -> int:
     """Tells on stderr of each state."""
     deadline, told = time.monotonic() + timeout_s, ""
     while time.monotonic() < deadline:
-        found = _progress(address, token, update_id)
+        found = unless_passing(lambda: _progress(address, token, update_id))
         if found is not None and found.state != told:
             told = found.state
             print(f"arriero update: {update_to_text(found)}", file=sys.stderr, flush=True)
@@ -91,17 +91,12 @@ def _wait(address: str, token: str, update_id: str, timeout_s: float) -> int:
     return 1
 
 
-def _progress(address: str, token: str, update_id: str) -> admin_pb2.GetUpdateResponse | None:
-    """None while nobody answers: the controller may be on its way back. Raises grpc.RpcError for anything else."""
+def _progress(address: str, token: str, update_id: str) -> admin_pb2.GetUpdateResponse:
+    """Raises grpc.RpcError, within TIMEOUT_S."""
     request = admin_pb2.GetUpdateRequest(update_id=update_id)
-    try:
-        found: admin_pb2.GetUpdateResponse = call_admin(
-            address, token, lambda admin: admin.GetUpdate, request, timeout_s=TIMEOUT_S
-        )
-    except grpc.RpcError as error:
-        if error.code() not in PASSING:
-            raise
-        return None
+    found: admin_pb2.GetUpdateResponse = call_admin(
+        address, token, lambda admin: admin.GetUpdate, request, timeout_s=TIMEOUT_S
+    )
     return found
 
 

@@ -26,8 +26,9 @@ class RayNodes:
     async def are_there_others(self, node_ids: frozenset[str]) -> bool:
         """See cluster.control.outside.Nodes."""
         try:
-            nodes = await asyncio.to_thread(ray.nodes)
-        except RayError:
+            async with asyncio.timeout(self._timeout_s):
+                nodes = await asyncio.to_thread(ray.nodes)
+        except (RayError, TimeoutError):
             return False
         return any(node["Alive"] and node["NodeID"] not in node_ids for node in nodes)
 

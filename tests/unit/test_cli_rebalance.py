@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import pytest
+from admin_server import next_answer, serving
 
 from cluster import cli
 from cluster.commands import rebalance
@@ -37,11 +37,7 @@ class Service(admin_pb2_grpc.AdminServiceServicer):
     def GetRebalance(self, request: admin_pb2.GetRebalanceRequest, context: Any) -> admin_pb2.GetRebalanceResponse:
         assert request.rebalance_id == NAME
         self.num_asked += 1
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, grpc.StatusCode):
-            context.abort(answer, "says the service")
-            raise AssertionError
-        return answer
+        return next_answer(self.answers, context)
 
 
 @pytest.fixture
@@ -53,12 +49,8 @@ def service() -> Service:
 def address(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv(TOKEN_ENV, "token")
     monkeypatch.setattr(rebalance, "POLL_S", 0.01)
-    server = grpc.server(ThreadPoolExecutor(2))
-    admin_pb2_grpc.add_AdminServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(None).wait(10)
+    with serving(service) as address:
+        yield address
 
 
 @pytest.mark.parametrize(
